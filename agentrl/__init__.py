@@ -1,0 +1,1 @@
+"""agentrl: reinforcement learning of language agents that use tools, in JAX."""

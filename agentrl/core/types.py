@@ -1,0 +1,327 @@
+"""The records that travel the pipeline, from the task that is read to the batch that is trained on.
+
+    Task -> Trajectory (of Segments and Turns) -> TrainBatch
+
+Axes: B rows, T tokens, N trajectories. "Absent" is None or NaN, never 0. This module imports
+neither jax nor any other package of agentrl, so that tools, rewards and environments can run on
+machines without an accelerator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any, Mapping, NamedTuple, Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+  """One message of a chat. Roles are 'system', 'user', 'assistant' and 'tool'."""
+
+  role: str
+  content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A question, as read from the data: a value, never changed.
+
+  Attributes:
+    id: Unique over the whole data set, stable between runs.
+    environment: Name of the environment that poses it.
+    messages: What the policy is shown first, without the system message.
+    ground_truth: What the reward function needs; must survive a JSON round trip.
+    metadata: Anything else, such as the family the question belongs to.
+  """
+
+  id: str
+  environment: str
+  messages: tuple[Message, ...]
+  ground_truth: Any
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCall:
+  """A call as the policy wrote it.
+
+  Attributes:
+    name: Tool asked for; '' where the text could not be parsed that far.
+    arguments: Arguments by name; empty where the text could not be parsed.
+    error: Why the text is no valid call, worded for the policy; None if it is one.
+  """
+
+  name: str
+  arguments: Mapping[str, Any]
+  error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A piece of a tool's result: kind 'text' with a str, or 'image' with PNG bytes."""
+
+  kind: str
+  data: str | bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolResult:
+  """What a call gave back. Failures are results too.
+
+  Attributes:
+    parts: The content, in order; what the policy reads of a failed call is here as well.
+    ok: Whether the tool did what was asked.
+    error: Short machine-readable kind of the failure ('timeout', 'crash', 'malformed', 'unknown_tool',
+      'raised', ...); None if ok.
+    seconds: Wall time from the start of the call to its result, waiting included.
+    cost: In the tool's own unit; None where it has none.
+    truncated: Whether the output was cut to the tool's limit.
+  """
+
+  parts: tuple[Part, ...]
+  ok: bool = True
+  error: str | None = None
+  seconds: float = 0.0
+  cost: float | None = None
+  truncated: bool = False
+
+  @property
+  def text(self) -> str:
+    """All text parts joined; an image stands as '[image]'."""
+    return ''.join(p.data if p.kind == 'text' else '[image]' for p in self.parts)
+
+
+class Status(str, enum.Enum):
+  """How a trajectory ended."""
+
+  RUNNING = 'running'
+  FINISHED = 'finished'  # the policy gave a final answer
+  LENGTH = 'length'  # out of tokens: the turn's, the trajectory's or the context's
+  TURN_LIMIT = 'turn_limit'
+  CUT = 'cut'  # the engine stopped it (straggler, shutdown)
+  TOOL_FAILURE = 'tool_failure'
+  ENVIRONMENT_FAILURE = 'environment_failure'
+  AGENT_FAILURE = 'agent_failure'
+
+
+class Boundary(str, enum.Enum):
+  """Whose fault an ending is."""
+
+  POLICY = 'policy'
+  TOOL = 'tool'
+  ENVIRONMENT = 'environment'
+  REWARD = 'reward'
+  AGENT = 'agent'
+  ENGINE = 'engine'
+
+
+@dataclasses.dataclass
+class Turn:
+  """One stretch of sampling and what came of it.
+
+  Attributes:
+    index: Counted from 0 within the trajectory.
+    segment: Index of the segment that holds its tokens.
+    start: First token of the turn, an index into the segment.
+    end: One past its last sampled token.
+    text: The sampled tokens decoded, the stop included.
+    stop_reason: 'stop' (a stop string or token), 'length' (the turn's budget) or 'context' (no room left).
+    calls: The calls parsed from the text.
+    results: Their results, in the order of the calls.
+  """
+
+  index: int
+  segment: int
+  start: int
+  end: int
+  text: str
+  stop_reason: str
+  calls: tuple[ToolCall, ...] = ()
+  results: tuple[ToolResult, ...] = ()
+
+
+class Segment:
+  """An append-only run of tokens that the policy saw as one context.
+
+  `tokens`, `sampled`, `log_probs`, `entropies` and `turns` are read-only [T] arrays of one length.
+  """
+
+  def __init__(self):
+    self._tokens: list[int] = []
+    self._sampled: list[bool] = []
+    self._log_probs: list[float] = []
+    self._entropies: list[float] = []
+    self._turns: list[int] = []
+
+  def __len__(self) -> int:
+    return len(self._tokens)
+
+  def append_forced(self, tokens: Sequence[int], turn: int):
+    """Appends tokens that the policy did not draw: a prompt, an observation.
+
+    Args:
+      tokens: [n] ids.
+      turn: Index of the turn they belong to: the one that comes next.
+    """
+    n = len(tokens)
+    self._extend(tokens, [False] * n, [float('nan')] * n, [float('nan')] * n, turn)
+
+  def append_sampled(self, tokens: Sequence[int], log_probs: Sequence[float], entropies: Sequence[float],
+                     turn: int):
+    """Appends tokens that the policy drew.
+
+    Args:
+      tokens: [n] ids.
+      log_probs: [n] log-probabilities under the distribution drawn from, nats.
+      entropies: [n] entropies of that distribution, nats.
+      turn: Index of the turn they belong to.
+    Raises:
+      ValueError: if lengths differ, or a log-probability or entropy is not finite.
+    """
+    if not len(tokens) == len(log_probs) == len(entropies):
+      raise ValueError(f'{len(tokens)} tokens came with {len(log_probs)} log-probs and '
+                       f'{len(entropies)} entropies')
+    if not (np.all(np.isfinite(log_probs)) and np.all(np.isfinite(entropies))):
+      raise ValueError(f'sampled tokens {list(tokens)} have log-probs {list(log_probs)} and entropies '
+                       f'{list(entropies)}; all must be finite')
+    self._extend(tokens, [True] * len(tokens), log_probs, entropies, turn)
+
+  def truncate(self, length: int):
+    """Drops every token from index `length` on: a rollback."""
+    if not 0 <= length <= len(self):
+      raise ValueError(f'cannot truncate a segment of {len(self)} tokens to {length}')
+    for column in (self._tokens, self._sampled, self._log_probs, self._entropies, self._turns):
+      del column[length:]
+
+  def copy(self) -> Segment:
+    """Returns an independent copy."""
+    other = Segment()
+    other._extend(self._tokens, self._sampled, self._log_probs, self._entropies, 0)
+    other._turns = list(self._turns)
+    return other
+
+  def _extend(self, tokens, sampled, log_probs, entropies, turn):
+    self._tokens.extend(int(t) for t in tokens)
+    self._sampled.extend(sampled)
+    self._log_probs.extend(float(x) for x in log_probs)
+    self._entropies.extend(float(x) for x in entropies)
+    self._turns.extend([turn] * len(tokens))
+
+  @property
+  def tokens(self) -> np.ndarray:
+    """[T] int32."""
+    return np.asarray(self._tokens, np.int32)
+
+  @property
+  def sampled(self) -> np.ndarray:
+    """[T] bool. Whether the policy drew the token; False for prompts and observations."""
+    return np.asarray(self._sampled, bool)
+
+  @property
+  def log_probs(self) -> np.ndarray:
+    """[T] float32, nats. Behaviour log-probability; NaN exactly where not sampled."""
+    return np.asarray(self._log_probs, np.float32)
+
+  @property
+  def entropies(self) -> np.ndarray:
+    """[T] float32, nats. Behaviour entropy; NaN exactly where not sampled."""
+    return np.asarray(self._entropies, np.float32)
+
+  @property
+  def turns(self) -> np.ndarray:
+    """[T] int32. Index of the turn each token belongs to; an observation belongs to the turn it leads to."""
+    return np.asarray(self._turns, np.int32)
+
+
+@dataclasses.dataclass
+class Trajectory:
+  """All that happened to one sample of one task.
+
+  Attributes:
+    task: What was asked.
+    sample: Index of the sample within its group.
+    group_id: Trajectories compared with each other share it.
+    seed: Of the run; with task, sample and path it fixes every draw.
+    policy_version: Updates made before the first token was drawn.
+    path: Branch taken at each fork, () for a root.
+    parent_path: Path of the trajectory it was forked from; None for a root.
+    fork_point: Tokens shared with the parent; None for a root.
+    segments: Contexts, oldest first; one unless the context was edited.
+    turns: Turns, oldest first.
+    status: How it ended.
+    boundary: Whose fault that is; None while running and when finished.
+    detail: What went wrong, in words; '' otherwise.
+    answer: The final answer; None if none was given.
+    rewards: Named reward parts in each function's own unit, 'total' among them once scored.
+    seconds: Wall time from start to end, waiting included.
+  """
+
+  task: Task
+  sample: int
+  group_id: str
+  seed: int
+  policy_version: int = 0
+  path: tuple[int, ...] = ()
+  parent_path: tuple[int, ...] | None = None
+  fork_point: int | None = None
+  segments: list[Segment] = dataclasses.field(default_factory=lambda: [Segment()])
+  turns: list[Turn] = dataclasses.field(default_factory=list)
+  status: Status = Status.RUNNING
+  boundary: Boundary | None = None
+  detail: str = ''
+  answer: str | None = None
+  rewards: dict[str, float] = dataclasses.field(default_factory=dict)
+  seconds: float = 0.0
+
+  @property
+  def results(self) -> list[ToolResult]:
+    """Every tool result, in order."""
+    return [r for turn in self.turns for r in turn.results]
+
+  @property
+  def num_sampled(self) -> int:
+    """Tokens that the policy drew, over all segments."""
+    return int(sum(s.sampled.sum() for s in self.segments))
+
+
+class TrainBatch(NamedTuple):
+  """Sequences packed into rows of one length: what an update step reads.
+
+  Several sequences share a row; `segment_ids` tells them apart and 0 marks padding. Every [B, T] field speaks
+  of the token at its own index: `log_probs[b, t]` is the log-probability of `tokens[b, t]` given the tokens before it.
+
+  Attributes:
+    tokens: [B, T] int32; 0 where padded.
+    positions: [B, T] int32. Position within the sequence, from 0.
+    segment_ids: [B, T] int32. From 1 within a row; 0 where padded.
+    loss_mask: [B, T] bool. Drawn by the policy and in the loss.
+    baseline_mask: [N] bool. Whether the trajectory counts in its group's baseline.
+    advantages: [C, B, T] float32, one plane a channel; 0 outside the loss mask.
+    behaviour_log_probs: [B, T] float32, nats; 0 outside the loss mask.
+    reference_log_probs: [B, T] float32, nats; 0 where there is no reference.
+    values: [B, T] float32, of the policy before the update; 0 without a value head.
+    returns: [B, T] float32, targets of the value head; 0 without one.
+    turn_ids: [B, T] int32. Turn index within the trajectory; -1 where padded.
+    trajectory_ids: [B, T] int32. Index into the [N] fields; -1 where padded.
+    group_ids: [N] int32.
+    weights: [N] float32. 0 takes the trajectory out of the loss; padding of N has weight 0.
+    rewards: [N] float32, total reward.
+  """
+
+  tokens: Any
+  positions: Any
+  segment_ids: Any
+  loss_mask: Any
+  baseline_mask: Any
+  advantages: Any
+  behaviour_log_probs: Any
+  reference_log_probs: Any
+  values: Any
+  returns: Any
+  turn_ids: Any
+  trajectory_ids: Any
+  group_ids: Any
+  weights: Any
+  rewards: Any
