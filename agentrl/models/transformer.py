@@ -1,0 +1,123 @@
+"""The learner's view of a policy: whole packed sequences in, hidden states, log-probs and values out.
+
+The sampler's view, one position at a time over a cache, is `agentrl.sampling`. Both call the blocks of
+`agentrl.models.layers`, which is why their log-probs agree.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from agentrl.models import layers
+from agentrl.models.config import ModelConfig
+from agentrl.models.params import Params
+
+
+class PolicyOutputs(NamedTuple):
+  """What the objectives read of a policy, each aligned with the token it speaks of.
+
+  Attributes:
+    log_probs: [B, T] float32, nats. Of tokens[b, t] given what precedes it in its sequence; 0 for a first token.
+    entropies: [B, T] float32, nats, of the same distributions; None if not asked for.
+    values: [B, T] float32. Value of the state in which tokens[b, t] was drawn; None without a value head.
+  """
+
+  log_probs: jax.Array
+  entropies: jax.Array | None
+  values: jax.Array | None
+
+
+def hidden_states(params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array,
+                  segment_ids: jax.Array) -> jax.Array:
+  """Returns the normalised last hidden states of packed rows.
+
+  Args:
+    params: The policy's parameters, learner's view.
+    config: Of the policy.
+    tokens: [B, T] int32.
+    positions: [B, T] int32, position within the sequence.
+    segment_ids: [B, T] int32, from 1 within a row; a token attends to earlier ones with its own id.
+  Returns:
+    [B, T, D] in the compute dtype.
+  """
+  x = embed(params, config, tokens)
+  cos, sin = layers.rotary_angles(positions, config.head_dim, config.rope_theta)
+  index = jnp.arange(tokens.shape[1])
+  mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (index[:, None] >= index[None, :])[None]
+
+  def block(x, layer):
+    q, k, v = layers.project_qkv(layer, x, cos, sin, config)
+    attended = layers.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)
+    return layers.add_mlp(layer, layers.add_attention(layer, x, attended), config), None
+
+  if config.remat:
+    block = jax.checkpoint(block)
+  x, _ = jax.lax.scan(block, x, params['layers'], unroll=config.num_layers if config.unroll_layers else 1)
+  return layers.rms_norm(x, params['final_norm'], config.norm_eps)
+
+
+def embed(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
+  """Returns the embeddings of `tokens`, [...] int32, as [..., D] in the compute dtype."""
+  x = params['embedding'][tokens].astype(config.compute_dtype)
+  return x * jnp.asarray(config.width**0.5, x.dtype) if config.scale_embeddings else x
+
+
+def logits(params: Params, hidden: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
+  """Returns [..., V] float32 logits of hidden states [..., D], divided by the temperature."""
+  table = params.get('head', params['embedding']).astype(hidden.dtype)
+  scores = jax.lax.dot_general(hidden, table, (((hidden.ndim - 1,), (1,)), ((), ())),
+                               preferred_element_type=jnp.float32)
+  return scores / temperature
+
+
+def evaluate(params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
+             *, temperature: float = 1.0, with_entropy: bool = False) -> PolicyOutputs:
+  """Returns log-probs, entropies and values of every token of packed rows.
+
+  The policy is the softmax at `temperature`; log-probs are of that distribution, as those recorded at sampling are.
+
+  Args:
+    params: The policy's parameters, learner's view.
+    config: Of the policy.
+    tokens: [B, T] int32.
+    positions: [B, T] int32.
+    segment_ids: [B, T] int32.
+    temperature: Of the policy.
+    with_entropy: Whether to compute entropies, which costs one more pass over the logits.
+  """
+  hidden = hidden_states(params, config, tokens, positions, segment_ids)
+  # The state a token is drawn in is the hidden state before it; a sequence's first token has none.
+  before = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+  has_before = positions > 0
+
+  def score(states, targets):
+    scores = logits(params, states, temperature)
+    log_z = jax.nn.logsumexp(scores, axis=-1)
+    log_probs = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0] - log_z
+    if not with_entropy:
+      return log_probs, None
+    return log_probs, log_z - jnp.sum(jax.nn.softmax(scores, axis=-1) * scores, axis=-1)
+
+  log_probs, entropies = _in_chunks(score, before, tokens, config.logit_chunk)
+  values = None
+  if config.value_head:
+    head = params['value']
+    values = before.astype(jnp.float32) @ head['weight'].astype(jnp.float32) + head['bias'].astype(jnp.float32)
+    values = jnp.where(has_before, values, 0.0)
+  entropies = None if entropies is None else jnp.where(has_before, entropies, 0.0)
+  return PolicyOutputs(jnp.where(has_before, log_probs, 0.0), entropies, values)
+
+
+def _in_chunks(score, states, targets, chunk):
+  """Maps `score` over [B * T] tokens in chunks whose logits are recomputed in the backward pass."""
+  b, t, d = states.shape
+  if not chunk or chunk >= b * t:
+    return score(states, targets)
+  if (b * t) % chunk:
+    raise ValueError(f'logit_chunk={chunk} does not divide the {b} x {t} = {b * t} tokens of the batch')
+  states, targets = states.reshape(-1, chunk, d), targets.reshape(-1, chunk)
+  out = jax.lax.map(jax.checkpoint(lambda x: score(*x)), (states, targets))
+  return jax.tree.map(lambda x: x.reshape(b, t), out)

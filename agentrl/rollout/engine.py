@@ -1,0 +1,361 @@
+"""Runs agent programs on the slots of one sampler.
+
+A program awaits its session; the engine draws for all sessions that want a turn in one device call, and while it runs
+the event loop serves everyone's tools. A session that waits for a tool keeps its slot, and its cache, until the slot is
+needed and nothing else can run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import time
+from typing import Any, Awaitable, Callable, Sequence
+
+from absl import logging
+import numpy as np
+
+from agentrl.core.types import Boundary, Status, Task, Trajectory
+from agentrl.rollout.budget import Limits
+from agentrl.rollout.session import Session, TrajectoryEnded
+from agentrl.sampling.sampler import MAX_STOPS, Draws, Extension, Sampler, SlotRequest
+
+Program = Callable[[Session], Awaitable[None]]
+
+# A prefix shorter than this is recomputed rather than copied from another slot.
+MIN_SHARED_TOKENS = 16
+# Sessions whose tools take no longer than this are waited for, so that they decode together.
+LINGER_SECONDS = 0.005
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One trajectory to collect: `program` driving a session of `task`'s sample number `sample`."""
+
+  task: Task
+  sample: int
+  group_id: str
+  program: Program
+
+
+@dataclasses.dataclass
+class EngineStats:
+  """What the engine did since it was made or `reset`: seconds, tokens and counts."""
+
+  decode_seconds: float = 0.0
+  extend_seconds: float = 0.0
+  idle_seconds: float = 0.0
+  total_seconds: float = 0.0
+  decoded_tokens: int = 0
+  extended_tokens: int = 0
+  shared_tokens: int = 0
+  chunks: int = 0
+  evictions: int = 0
+
+
+class Engine:
+  """Collects trajectories from one sampler."""
+
+  def __init__(self, sampler: Sampler, tokenizer: Any, *, limits: Limits = Limits(), seed: int = 0):
+    """Makes an engine.
+
+    Args:
+      sampler: Its slots are this engine's alone; set its parameters before `collect`.
+      tokenizer: With `decode(ids) -> str` and `encode(text) -> ids`.
+      limits: Of every trajectory, unless a program's session is given others.
+      seed: Of all draws.
+    """
+    self.sampler = sampler
+    self.tokenizer = tokenizer
+    self.limits = limits
+    self.seed = seed
+    self.stats = EngineStats()
+    self._resident = np.zeros((sampler.slots, sampler.capacities[-1]), np.int32)
+    self._resident_lengths = np.zeros(sampler.slots, np.int64)
+    self._owners: list[Session | None] = [None] * sampler.slots
+    self._queue: list[Session] = []  # asked for a turn, have no slot
+    self._ready: list[Session] = []  # asked for a turn, have a slot
+    self._tasks: set[asyncio.Task] = set()
+    self._stop_cache: dict[tuple[str, ...], tuple[tuple[int, ...], tuple[str, ...]]] = {}
+    self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='decode')
+
+  def close(self):
+    """Ends the engine's thread."""
+    self._pool.shutdown()
+
+  def collect(self, jobs: Sequence[Job], *, policy_version: int = 0,
+              on_done: Callable[[Trajectory], None] | None = None) -> list[Trajectory]:
+    """Runs all jobs to their end and returns their trajectories, in order. Blocks.
+
+    A job fails alone: its trajectory ends with a status and a boundary at fault, the others go on.
+
+    Args:
+      jobs: What to collect.
+      policy_version: Recorded on each trajectory.
+      on_done: Called with each trajectory as it ends.
+    """
+    return asyncio.run(self.collect_async(jobs, policy_version=policy_version, on_done=on_done))
+
+  async def collect_async(self, jobs: Sequence[Job], *, policy_version: int = 0,
+                          on_done: Callable[[Trajectory], None] | None = None) -> list[Trajectory]:
+    """As `collect`, inside a running event loop."""
+    started = time.perf_counter()
+    self._forget_cache()
+    self._wake = asyncio.Event()
+    sessions = []
+    for job in jobs:
+      trajectory = Trajectory(task=job.task, sample=job.sample, group_id=job.group_id, seed=self.seed,
+                              policy_version=policy_version)
+      sessions.append(Session(self, trajectory, self.limits))
+    runs = [self.adopt(s, job.program, on_done) for s, job in zip(sessions, jobs)]
+    try:
+      await self._pump()
+      await asyncio.gather(*runs)
+    finally:
+      for task in list(self._tasks):
+        task.cancel()
+      await asyncio.gather(*self._tasks, return_exceptions=True)
+      self._queue.clear()
+      self._ready.clear()
+      self.stats.total_seconds += time.perf_counter() - started
+    return [s.trajectory for s in sessions]
+
+  def adopt(self, session: Session, program: Program, on_done=None) -> asyncio.Task:
+    """Starts a program on a session: a job's, or a fork's. Returns its asyncio task, which never raises."""
+    task = asyncio.create_task(self._run(session, program, on_done))
+    self._tasks.add(task)
+    task.add_done_callback(self._tasks.discard)
+    task.add_done_callback(lambda _: self._wake.set())
+    return task
+
+  async def _run(self, session: Session, program: Program, on_done):
+    started = time.perf_counter()
+    session.waiting_since = started
+    trajectory = session.trajectory
+    try:
+      await program(session)
+      if not session.finished:
+        session.finish(Status.AGENT_FAILURE, boundary=Boundary.AGENT, detail='the program returned without finishing')
+    except TrajectoryEnded as e:
+      session.finish(e.status, boundary=e.boundary, detail=str(e))
+    except asyncio.CancelledError:
+      session.finish(Status.CUT, boundary=Boundary.ENGINE, detail='cancelled')
+      raise
+    except Exception as e:  # pylint: disable=broad-except  # the agent boundary: one program, one trajectory
+      logging.exception('The agent program failed on task %s', trajectory.task.id)
+      session.finish(Status.AGENT_FAILURE, boundary=Boundary.AGENT, detail=f'{type(e).__name__}: {e}')
+    finally:
+      trajectory.seconds = time.perf_counter() - started
+      self._release(session)
+    if on_done:
+      on_done(trajectory)
+
+  # ---- what sessions ask for -------------------------------------------------------------------
+
+  def split_stops(self, stops: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Returns (ids of the stops that are one piece, the other stops)."""
+    if stops not in self._stop_cache:
+      encoded = [self.tokenizer.encode(s) for s in stops]
+      ids = tuple(e[0] for e in encoded if len(e) == 1)
+      if len(ids) > MAX_STOPS:
+        raise ValueError(f'{len(ids)} stop tokens, but at most {MAX_STOPS} are supported: {stops}')
+      self._stop_cache[stops] = ids, tuple(s for s, e in zip(stops, encoded) if len(e) != 1)
+    return self._stop_cache[stops]
+
+  def submit(self, session: Session):
+    """Takes a session's request for a turn."""
+    (self._queue if session.slot is None else self._ready).append(session)
+    self._wake.set()
+
+  def rolled_back(self, session: Session):
+    """Takes note that a session's context became shorter."""
+    if session.slot is not None:
+      self._resident_lengths[session.slot] = min(self._resident_lengths[session.slot], session.cached)
+
+  # ---- the pump ---------------------------------------------------------------------------------
+
+  async def _pump(self):
+    """Serves requests until no program is left."""
+    while self._tasks:
+      await self._settle()
+      self._assign_slots()
+      if self._ready:
+        self._fill_cache()
+        await self._decode()
+      elif self._tasks:
+        started = time.perf_counter()
+        self._wake.clear()
+        if not self._queue and not self._ready:
+          await self._wake.wait()
+        self.stats.idle_seconds += time.perf_counter() - started
+
+  async def _settle(self):
+    """Lets programs run until few of those that took over a moment ago are likely to come back soon."""
+    deadline = time.perf_counter() + LINGER_SECONDS
+    await asyncio.sleep(0)
+    while True:
+      now = time.perf_counter()
+      held = sum(1 for s in self._owners if s is not None)
+      young = sum(1 for s in self._owners
+                  if s is not None and s.request is None and now - s.waiting_since < LINGER_SECONDS)
+      if now > deadline or not young or len(self._ready) >= held - held // 8:
+        return
+      self._wake.clear()
+      try:
+        await asyncio.wait_for(self._wake.wait(), deadline - now)
+      except asyncio.TimeoutError:
+        return
+
+  def _assign_slots(self):
+    """Gives free slots to queued sessions, with what a slot already holds of their context."""
+    if not self._queue:
+      return
+    free = [i for i, owner in enumerate(self._owners) if owner is None]
+    if not free and not self._ready:
+      free = [self._evict()]
+    taken = self._queue[:len(free)]
+    del self._queue[:len(free)]
+    leaders: dict[tuple[int, ...], Session] = {}
+    forks: list[tuple[int, int]] = []
+    followers: list[tuple[Session, Session]] = []
+    targets: set[int] = set()
+    for session in taken:
+      context = session.context.tokens[:-1]
+      shared = self._shared_prefixes(context)
+      shared[list(targets)] = 0
+      donor = int(np.argmax(shared)) if len(context) else 0
+      slot = donor if donor in free and shared[donor] else free[-1]
+      free.remove(slot)
+      targets.add(slot)
+      key = tuple(context.tolist())
+      if shared[donor] >= MIN_SHARED_TOKENS or slot == donor:
+        session.cached = int(shared[donor])
+        if slot != donor:
+          forks.append((donor, slot))
+          self.stats.shared_tokens += session.cached
+      elif key in leaders and len(key) >= MIN_SHARED_TOKENS:
+        followers.append((leaders[key], session))
+      else:
+        session.cached = 0
+        leaders[key] = session
+      session.slot = slot
+      self._owners[slot] = session
+      self._note_resident(session)
+    self.sampler.fork(forks)
+    self._ready.extend(taken)
+    if followers:
+      self._extend([leader for leader in leaders.values()])
+      self.sampler.fork([(leader.slot, s.slot) for leader, s in followers])
+      for leader, session in followers:
+        session.cached = leader.cached
+        self.stats.shared_tokens += session.cached
+        self._note_resident(session)
+
+  def _shared_prefixes(self, context: np.ndarray) -> np.ndarray:
+    """Returns [S] how many leading tokens of `context` each slot holds."""
+    n = len(context)
+    same = self._resident[:, :n] == context[None]
+    same &= np.arange(n)[None] < self._resident_lengths[:, None]
+    return np.where(same.all(axis=1), n, same.argmin(axis=1)) if n else np.zeros(len(same), np.int64)
+
+  def _note_resident(self, session: Session):
+    self._resident[session.slot, :session.cached] = session.context.tokens[:session.cached]
+    self._resident_lengths[session.slot] = session.cached
+
+  def _evict(self) -> int:
+    """Takes the slot from the session that has waited longest for something else than a turn."""
+    waiting = [s for s in self._owners if s is not None]
+    victim = min(waiting, key=lambda s: s.waiting_since)
+    slot = victim.slot
+    self._release(victim)
+    self.stats.evictions += 1
+    return slot
+
+  def _release(self, session: Session):
+    if session.slot is not None:
+      self._owners[session.slot] = None
+      session.slot = None
+      session.cached = 0
+    for waiting in (self._queue, self._ready):
+      if session in waiting:
+        waiting.remove(session)
+
+  def _forget_cache(self):
+    """The weights changed: nothing in the cache is of use."""
+    self._resident_lengths[:] = 0
+    self.sampler.reset()
+
+  def _extend(self, sessions: Sequence[Session]):
+    """Writes every token of the sessions' contexts but the last into their slots."""
+    started = time.perf_counter()
+    extensions = []
+    longest = 0
+    for s in sessions:
+      tokens = s.context.tokens
+      longest = max(longest, len(tokens))
+      if s.cached < len(tokens) - 1:
+        extensions.append(Extension(s.slot, tokens[s.cached:-1], s.cached))
+        s.cached = len(tokens) - 1
+        self._note_resident(s)
+    self.sampler.reserve(longest)
+    self.sampler.extend(extensions)
+    self.stats.extended_tokens += sum(len(e.tokens) for e in extensions)
+    self.stats.extend_seconds += time.perf_counter() - started
+
+  def _fill_cache(self):
+    self._extend(self._ready)
+
+  async def _decode(self):
+    """Draws one chunk for every ready session and hands out what is done."""
+    started = time.perf_counter()
+    active = {s.slot: s for s in self._ready}
+    chunk = self.sampler.chunk
+    self.sampler.reserve(max(len(s.context) + min(chunk, s.request.budget) for s in self._ready))
+    requests = {
+        slot: SlotRequest(int(s.context.tokens[-1]), s.cached, s.request.budget, s.seed, s.request.stop_ids)
+        for slot, s in active.items()}
+    # Back to the host as soon as a quarter are done: others may want their slots, or they their tools.
+    floor = len(active) - max(1, (len(active) + 3) // 4)
+    draws = await asyncio.get_running_loop().run_in_executor(self._pool, self.sampler.decode, requests, floor)
+    now = time.perf_counter()
+    for slot, session in active.items():
+      if session.slot == slot and session.request is not None:
+        self._record(session, draws[slot], now)
+    self.stats.decode_seconds += now - started
+    self.stats.decoded_tokens += sum(len(d.tokens) for d in draws.values())
+    self.stats.chunks += 1
+
+  def _record(self, session: Session, draws: Draws, now: float):
+    """Appends what a session drew to its trajectory and ends its turn where it is to end."""
+    request, context = session.request, session.context
+    context.append_sampled(draws.tokens, draws.log_probs, draws.entropies, session.num_turns)
+    session.cached += len(draws.tokens)
+    request.budget -= len(draws.tokens)
+    reason = 'stop' if draws.stopped else 'length' if request.budget <= 0 else None
+    if request.stop_texts:
+      drawn = context.tokens[request.start:].tolist()
+      kept = self._cut_at_stop(drawn, request.stop_texts)
+      if kept is not None:
+        context.truncate(request.start + kept)
+        session.cached = min(session.cached, len(context) - 1)
+        reason = 'stop'
+    self._note_resident(session)
+    if reason:
+      self._ready.remove(session)
+      session.waiting_since = now
+      request.future.set_result(reason)
+
+  def _cut_at_stop(self, tokens: list[int], stops: tuple[str, ...]) -> int | None:
+    """Returns how many tokens the shortest prefix with a stop string in its text has; None without one."""
+    text = self.tokenizer.decode(tokens)
+    if not any(s in text for s in stops):
+      return None
+    low, high = 1, len(tokens)
+    while low < high:
+      middle = (low + high) // 2
+      if any(s in self.tokenizer.decode(tokens[:middle]) for s in stops):
+        high = middle
+      else:
+        low = middle + 1
+    return low
