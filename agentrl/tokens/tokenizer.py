@@ -17,7 +17,7 @@ PAD = '<pad>'
 # sentencepiece writes a space as this letter; where a text holds the letter itself, its bytes are encoded.
 _SPACE = '\u2581'
 # What stands around copied text: were it part of a neighbouring piece, a copy could split otherwise.
-ISOLATED = ('"', '-', ' + ', ' - ', ' * ', ', ', '): ', ' and ')
+ISOLATED = ('"', '-', ' + ', ' - ', ' * ', '( ', ' )', ', ', '): ', ' and ')
 
 
 def role_marker(role: str) -> str:
