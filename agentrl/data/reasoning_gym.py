@@ -78,6 +78,8 @@ class ReasoningGym(tfds.core.GeneratorBasedBuilder):
       # The smallest split comes first, so that a family poor in questions is poor in training only.
       for split, count in sorted(self._per_family.items(), key=lambda item: item[1]):
         rows[split].extend(row for _, row in zip(range(count), stream))
+    # Before anything is written: what is on disk has passed.
+    check_disjoint(*([row['question'] for row in examples] for examples in rows.values()))
     for split, examples in rows.items():
       logging.info('reasoning-gym, split %s: %d questions', split, len(examples))
     return {split: self._generate_examples(examples) for split, examples in rows.items()}
@@ -109,6 +111,7 @@ def _distinct_entries(family: str, settings: Mapping[str, Any], seed: int,
     }
 
 
+@base.SOURCES.register('reasoning_gym')
 class ReasoningGymSource:
   """Tasks of one split, read at random from the files; the first use of some settings writes them.
 
@@ -131,7 +134,7 @@ class ReasoningGymSource:
       seed: Of the questions.
       environment: Environment that the tasks name.
     Raises:
-      ValueError: if the split or a family is unknown, or a family has too few questions.
+      ValueError: if the split or a family is unknown, or a family has no question for the split.
       DataError: if a question is in both splits.
     """
     per_family = {'train': train_per_family, 'test': test_per_family}
@@ -145,7 +148,6 @@ class ReasoningGymSource:
                            data_dir=os.path.abspath(os.path.expanduser(data_dir)))
     if not builder.data_path.exists():
       builder.download_and_prepare()
-      check_disjoint(*(_questions(builder, name) for name in per_family))
     self._rows = builder.as_data_source(split=split)
     self._environment = environment
 
@@ -168,10 +170,6 @@ class ReasoningGymSource:
 
 def _text(value: Any) -> str:
   return value.decode('utf-8') if isinstance(value, bytes) else str(value)
-
-
-def _questions(builder: ReasoningGym, split: str) -> list[str]:
-  return [_text(row['question']) for row in builder.as_data_source(split=split)]
 
 
 def check_disjoint(*splits: Sequence[str]):
