@@ -5,7 +5,9 @@ Neither writing nor reading needs TensorFlow.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import os
 from typing import Any, Iterator, Mapping, Sequence
@@ -59,13 +61,13 @@ class ReasoningGym(tfds.core.GeneratorBasedBuilder):
     self._seed = seed
     recipe = json.dumps([self._families, sorted(self._per_family.items()), seed])
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
-    config = tfds.core.BuilderConfig(name=f'families{len(families)}_{digest}', description=f'{len(families)} families of reasoning-gym')
-    super().__init__(config=config, data_dir=data_dir, file_format='array_record')
+    folder = os.path.join(os.path.abspath(os.path.expanduser(data_dir)), f'families{len(families)}_{digest}')
+    super().__init__(data_dir=folder, file_format='array_record')
 
   def _info(self) -> tfds.core.DatasetInfo:
     text = tfds.features.Text()
-    return self.dataset_info_from_configs(
-        features=tfds.features.FeaturesDict(
+    return tfds.core.DatasetInfo(
+        builder=self, features=tfds.features.FeaturesDict(
             {'id': text, 'family': text, 'question': text, 'answer': text, 'metadata': text}),
         homepage='https://github.com/open-thought/reasoning-gym')
 
@@ -77,7 +79,12 @@ class ReasoningGym(tfds.core.GeneratorBasedBuilder):
       stream = _distinct_entries(family, settings, self._seed + index * _SEED_STRIDE, taken)
       # The smallest split comes first, so that a family poor in questions is poor in training only.
       for split, count in sorted(self._per_family.items(), key=lambda item: item[1]):
-        rows[split].extend(row for _, row in zip(range(count), stream))
+        new = list(itertools.islice(stream, count))
+        if not new and count:
+          raise base.DataError(f'{family} with {settings} has no questions left for split {split!r}')
+        if len(new) < count:
+          logging.warning('%s has %d questions for split %s, not %d', family, len(new), split, count)
+        rows[split] += new
     # Before anything is written: what is on disk has passed.
     check_disjoint(*([row['question'] for row in examples] for examples in rows.values()))
     for split, examples in rows.items():
@@ -96,16 +103,17 @@ def _distinct_entries(family: str, settings: Mapping[str, Any], seed: int,
   failures, index = 0, 0
   while failures < 1_000:
     entry = dataset[index]
+    question = entry['question'].strip()
     index += 1
     failures += 1
-    if entry['question'] in taken:
+    if question in taken:
       continue
-    taken.add(entry['question'])
+    taken.add(question)
     failures = 0
     yield {
         'id': f'{family}/{seed + index - 1}',
         'family': family,
-        'question': entry['question'],
+        'question': question,
         'answer': entry['answer'],
         'metadata': json.dumps(entry['metadata'], default=list),
     }
@@ -144,11 +152,10 @@ class ReasoningGymSource:
     unknown = sorted(set(families) - set(factory.DATASETS))
     if unknown:
       raise ValueError(f'reasoning-gym has no family {unknown[0]!r}; known: {sorted(factory.DATASETS)}')
-    builder = ReasoningGym(families=families, per_family=per_family, seed=seed,
-                           data_dir=os.path.abspath(os.path.expanduser(data_dir)))
-    if not builder.data_path.exists():
-      builder.download_and_prepare()
-    self._rows = builder.as_data_source(split=split)
+    make_builder = functools.partial(
+        ReasoningGym, families=families, per_family=per_family, seed=seed, data_dir=data_dir)
+    _prepare(make_builder())
+    self._rows = make_builder().as_data_source(split=split)
     self._environment = environment
 
   def __len__(self) -> int:
@@ -163,9 +170,22 @@ class ReasoningGymSource:
     return types.Task(
         id=row['id'],
         environment=self._environment,
-        messages=(types.Message('user', row['question'].strip()),),
+        messages=(types.Message('user', row['question']),),
         ground_truth=entry,
         metadata={'family': row['family']})
+
+
+def _prepare(builder: ReasoningGym):
+  if builder.data_path.exists():
+    return
+  logging.info('writing questions to %s', builder.data_path)
+  tfds.disable_progress_bar()
+  try:
+    builder.download_and_prepare()
+  except OSError:
+    # Another process may have been first to move its finished folder there: the same questions.
+    if not builder.data_path.exists():
+      raise
 
 
 def _text(value: Any) -> str:

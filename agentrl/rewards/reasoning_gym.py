@@ -63,6 +63,11 @@ def score_answer(answer: str | None, entry: Mapping[str, Any]) -> Verdict:
   return Verdict(score if math.isfinite(score) else 0.0)
 
 
+def is_full(score: float) -> bool:
+  """Returns whether a score is full marks, rounding of partial sums aside."""
+  return score >= 1.0 - 1e-6
+
+
 class ReasoningGymAccuracy:
   """Parts 'accuracy' (the verifier's score), 'success' (1 if it is full) and 'verifier_errors'.
 
@@ -75,7 +80,7 @@ class ReasoningGymAccuracy:
     verdict = score_answer(trajectory.answer, task.ground_truth)
     return {
         'accuracy': verdict.score,
-        'success': float(verdict.score >= 1.0 - 1e-6),
+        'success': float(is_full(verdict.score)),
         'verifier_errors': float(verdict.error is not None),
     }
 

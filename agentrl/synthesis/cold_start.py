@@ -7,8 +7,9 @@ reinforcement learning has something to sharpen and something to forget.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from typing import Callable, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,13 +17,14 @@ from agentrl.core import types
 from agentrl.rewards import reasoning_gym as rewards
 from agentrl.synthesis import cold_start_scripts as scripts
 from agentrl.tokens import chat
-
-# (tool, code) -> (text that the policy reads, whether the call succeeded).
-RunTool = Callable[[str, str], tuple[str, bool]]
+from agentrl.tools import executor as executor_lib
 
 RIGHT_STRATEGIES: Mapping[str, float] = {'python': 0.7, 'calculator': 0.2, 'failed_then_right': 0.1}
 WRONG_STRATEGIES: Mapping[str, float] = {
     'wrong': 0.5, 'guess': 0.25, 'failed_then_wrong': 0.15, 'failed_then_guess': 0.1}
+_ARGUMENT = {'python': 'code', 'calculator': 'expression'}
+# Traces written at once: enough to keep every worker of the tools busy.
+_CONCURRENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,117 +44,139 @@ class Trace:
   right: bool
 
 
-def xml_call(tool: str, code: str) -> str:
-  """Returns a call as an XML tag.
+def xml_call(call: types.ToolCall) -> str:
+  """Returns a call of one argument as an XML tag.
 
   Example:
-    >>> xml_call('python', '1+1')
+    >>> xml_call(types.ToolCall('python', {'code': '1+1'}))
     '<python>1+1</python>'
   """
-  return f'<{tool}>{code}</{tool}>'
+  (argument,) = call.arguments.values()
+  return f'<{call.name}>{argument}</{call.name}>'
 
 
-def make_traces(tasks: Sequence[types.Task], run_tool: RunTool, *, seed: int, share_right: float = 0.5,
-                right_strategies: Mapping[str, float] = RIGHT_STRATEGIES,
-                wrong_strategies: Mapping[str, float] = WRONG_STRATEGIES,
-                write_call: Callable[[str, str], str] = xml_call) -> list[Trace]:
-  """Returns one trace a task; each depends on its task and the seed only.
+def make_traces(tasks: Sequence[types.Task], executor: executor_lib.Executor, *, seed: int,
+                **settings: Any) -> list[Trace]:
+  """Returns one trace a task, as `write_traces` does; blocks. For callers without an event loop."""
+  return asyncio.run(write_traces(tasks, executor, seed=seed, **settings))
 
-  Blocks while the calls run, one after the other.
+
+async def write_traces(tasks: Sequence[types.Task], executor: executor_lib.Executor, *, seed: int,
+                       share_right: float = 0.5,
+                       right_strategies: Mapping[str, float] = RIGHT_STRATEGIES,
+                       wrong_strategies: Mapping[str, float] = WRONG_STRATEGIES,
+                       write_call: Callable[[types.ToolCall], str] = xml_call) -> list[Trace]:
+  """Returns one trace a task, in their order; the same tasks and seed give the same traces.
 
   Args:
     tasks: reasoning-gym tasks of families in `cold_start_scripts.SCRIPTS`.
-    run_tool: Runs a call and tells what the policy would read.
+    executor: Holds the tools 'python' and 'calculator'; the traces quote what they answer.
     seed: Of the choices.
     share_right: Probability that a trace is scripted to end in a right answer, in every family.
     right_strategies: Weights of the ways to a right answer; those a family lacks are left out.
     wrong_strategies: Weights of the others.
-    write_call: Renders (tool, code) in the call format of the run.
+    write_call: Renders a call in the call format of the run.
   Raises:
     ValueError: if the share is outside [0, 1], or a task's family has no script.
   """
   if not 0.0 <= share_right <= 1.0:
     raise ValueError(f'share_right must be in [0, 1], got {share_right}')
-  guesses = _answers_by_family(tasks)
-  traces = []
-  for i, task in enumerate(tasks):
-    family = task.metadata['family']
-    if family not in scripts.SCRIPTS:
-      raise ValueError(f'family {family!r} has no script; there are {sorted(scripts.SCRIPTS)}')
-    writer = _Writer(task, scripts.SCRIPTS[family](task.messages[-1].content), guesses[family], run_tool,
-                     write_call, np.random.default_rng([seed, i]))
-    right = writer.rng.random() < share_right
-    traces.append(writer.write(right_strategies if right else wrong_strategies, right))
+  strange = sorted({_family(task) for task in tasks} - set(scripts.SCRIPTS))
+  if strange:
+    raise ValueError(f'family {strange[0]!r} has no script; there are {sorted(scripts.SCRIPTS)}')
+  answers: dict[str, list[str]] = {}
+  for task in tasks:
+    answers.setdefault(_family(task), []).append(task.ground_truth['answer'])
+
+  async def write(index: int) -> Trace:
+    task = tasks[index]
+    rng = np.random.default_rng([seed, index])
+    right = rng.random() < share_right
+    writer = _Writer(task, answers[_family(task)], executor.open(index), write_call, rng)
+    return await writer.write(right_strategies if right else wrong_strategies)
+
+  traces: list[Trace] = []
+  for start in range(0, len(tasks), _CONCURRENT):
+    stop = min(start + _CONCURRENT, len(tasks))
+    traces += await asyncio.gather(*(write(i) for i in range(start, stop)))
   return traces
 
 
-def _answers_by_family(tasks: Sequence[types.Task]) -> dict[str, list[str]]:
-  answers: dict[str, list[str]] = {}
-  for task in tasks:
-    answers.setdefault(task.metadata['family'], []).append(task.ground_truth['answer'])
-  return answers
+def _family(task: types.Task) -> str:
+  return task.metadata['family']
 
 
 class _Writer:
   """Writes one trace."""
 
-  def __init__(self, task, script, answers, run_tool, write_call, rng):
-    self.rng = rng
+  def __init__(self, task: types.Task, answers: Sequence[str], session: executor_lib.ToolSession,
+               write_call: Callable[[types.ToolCall], str], rng: np.random.Generator):
     self._task = task
-    self._script: scripts.Script = script
+    self._script = scripts.SCRIPTS[_family(task)](task.messages[-1].content)
     self._answers = answers
-    self._run_tool = run_tool
+    self._session = session
     self._write_call = write_call
+    self._rng = rng
     self._messages = list(task.messages)
 
-  def write(self, strategies: Mapping[str, float], right: bool) -> Trace:
-    weights = {name: weight for name, weight in strategies.items()
-               if not (name == 'calculator' and self._script.calculator is None)}
-    names = list(weights)
-    p = np.array([weights[name] for name in names])
-    strategy = names[self.rng.choice(len(names), p=p / p.sum())]
+  async def write(self, strategies: Mapping[str, float]) -> Trace:
+    strategy = self._choose(strategies)
     if strategy.startswith('failed_then_'):
-      self._call('python', self._pick(self._script.failing))
+      await self._call('python', self._pick(self._script.failing))
     end = strategy.removeprefix('failed_then_')
     if end == 'guess':
       answer = self._guess()
     elif end == 'wrong':
-      answer = self._call_wrong()
+      answer = await self._call_wrong()
     elif end == 'calculator':
-      answer = self._call('calculator', self._script.calculator)
+      answer = await self._call('calculator', self._script.calculator)
     else:
-      answer = self._call('python', self._script.right)
+      answer = await self._call('python', self._script.right)
+    await self._session.close()
     self._messages.append(types.Message('assistant', answer))
     return Trace(self._task, tuple(self._messages), strategy, self._is_right(answer))
 
-  def _call(self, tool: str, code: str) -> str:
-    text, _ = self._run_tool(tool, code)
-    self._messages += [types.Message('assistant', self._write_call(tool, code)), types.Message('tool', text)]
-    return text
+  def _choose(self, strategies: Mapping[str, float]) -> str:
+    names = [name for name in strategies if name != 'calculator' or self._script.calculator is not None]
+    weights = np.array([strategies[name] for name in names])
+    return names[self._rng.choice(len(names), p=weights / weights.sum())]
 
-  def _call_wrong(self) -> str:
-    # A wrong expression may hit the answer by luck: the next one is tried, the last one is kept as it is.
-    for i in self.rng.permutation(len(self._script.wrong)):
-      text, ok = self._run_tool('python', self._script.wrong[i])
-      if ok and not self._is_right(text):
+  async def _call(self, tool: str, code: str) -> str:
+    call = types.ToolCall(tool, {_ARGUMENT[tool]: code})
+    (result,) = await self._session.call([call])
+    self._messages += [types.Message('assistant', self._write_call(call)),
+                       types.Message('tool', result.text)]
+    return result.text
+
+  async def _call_wrong(self) -> str:
+    # A wrong expression may hit the answer by luck: then the next one is tried, and the last one stays.
+    before = list(self._messages)
+    for i in self._rng.permutation(len(self._script.wrong)):
+      self._messages = list(before)
+      answer = await self._call('python', self._script.wrong[i])
+      if not self._is_right(answer):
         break
-    return self._call('python', self._script.wrong[i])
+    return answer
 
   def _guess(self) -> str:
     # Half of the guesses copy from the question: more copying to learn from.
-    if self.rng.random() < 0.5:
-      return self._pick(self._script.copied)
-    return self._pick(self._answers)
+    return self._pick(self._script.copied if self._rng.random() < 0.5 else self._answers)
 
   def _pick(self, options: Sequence[str]) -> str:
-    return options[self.rng.integers(len(options))]
+    return options[self._rng.integers(len(options))]
 
   def _is_right(self, answer: str) -> bool:
-    return rewards.score_answer(answer, self._task.ground_truth).score >= 1.0 - 1e-6
+    return rewards.is_full(rewards.score_answer(answer, self._task.ground_truth).score)
+
+
+def corpus(traces: Sequence[Trace], tools: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+  """Returns the texts that a tokenizer for these traces is trained on, each as often as it is rendered."""
+  system = [chat.describe_tools(tools)] if tools else []
+  return [text for trace in traces for text in (*system, *(m.content for m in trace.messages))]
 
 
 def tokenize(traces: Sequence[Trace], template: chat.ChatTemplate,
-             tools: Sequence[Mapping[str, object]] = ()) -> list[tuple[np.ndarray, np.ndarray]]:
+             tools: Sequence[Mapping[str, Any]] = ()) -> list[tuple[np.ndarray, np.ndarray]]:
   """Returns [n] int32 ids and [n] bool loss masks, a pair a trace.
 
   The mask is True on what the assistant wrote, closing markers included, and nowhere else.
