@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs the tests: all of them, or what pytest arguments choose, such as tests/core -k config.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/install.sh
+
+ensure_installed
+for argument in "$@"; do
+  if [[ -e "${argument%%::*}" ]]; then
+    exec python -m pytest -q "$@"
+  fi
+done
+exec python -m pytest -q tests "$@"

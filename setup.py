@@ -1,0 +1,47 @@
+"""Installs agentrl: `pip install -e .`, with extras as in `pip install -e .[test,viz]`."""
+
+from setuptools import find_packages
+from setuptools import setup
+
+# Lower bounds are the versions the code is written against; there are no upper bounds, because a
+# research package shares its environment with others.
+_CORE = [
+    'absl-py>=2.1',
+    'array_record>=0.8',
+    'chex>=0.1.90',
+    'flax>=0.12',
+    'gymnasium>=1.0',
+    'jax>=0.10.2',
+    'ml-collections>=1.1',
+    'numpy>=2.0',
+    'optax>=0.2.6',
+    'orbax-checkpoint>=0.11.30',
+    'pydantic-monty>=1.4',
+    'reasoning-gym>=0.1.25',
+    'rich>=13.0',
+    'sentencepiece>=0.2.1',
+    'tensorflow-datasets>=4.9.9',
+]
+
+_EXTRAS = {
+    'test': ['hypothesis>=6.100', 'pytest>=8.0'],
+    'viz': ['matplotlib>=3.9', 'tensorboardX>=2.6'],
+    'hf': ['safetensors>=0.5', 'tokenizers>=0.21', 'transformers>=4.50'],
+    'mcp': ['mcp>=1.10'],
+    'ray': ['ray>=2.40'],
+    'tpu': ['jax[tpu]>=0.10.2'],
+    'cuda': ['jax[cuda13]>=0.10.2'],
+    'bench': ['psutil>=6.0'],
+}
+
+setup(
+    name='agentrl',
+    version='0.1.0',
+    description='Reinforcement learning of agents that use tools, in JAX.',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    python_requires='>=3.11,<3.14',
+    packages=find_packages(include=['agentrl', 'agentrl.*']),
+    install_requires=_CORE,
+    extras_require=_EXTRAS,
+)
