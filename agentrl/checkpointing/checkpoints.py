@@ -58,12 +58,13 @@ class MismatchError(ValueError):
 class Checkpointer:
   """Saves and restores (arrays, host) under one folder, keeping the newest few.
 
-  `save` copies the arrays to the host and returns; a thread writes them, checks in their checksums and renames.
-  At every moment the folder holds the last complete checkpoint, so a kill costs what came after it and no more.
-  Usable as a context manager, which waits for the last save at the end.
+  `save` copies the arrays to the host and returns; a thread writes them, checks in their checksums
+  and renames. At every moment the folder holds the last complete checkpoint, so a kill costs what
+  came after it and no more. Usable as a context manager, which waits for the last save at the end.
 
   Args:
-    folder: Where checkpoints go; made at the first save. All processes of a run must see the same folder.
+    folder: Where checkpoints go; made at the first save. All processes of a run must see the same
+      folder.
     keep: Complete checkpoints kept, at least 1. With 2 a corrupt one can be stepped over.
   Example:
     >>> import tempfile
@@ -79,7 +80,8 @@ class Checkpointer:
     self._folder = pathlib.Path(folder).absolute()
     self._keep = keep
     # Compression costs more CPU time than it saves in writing: float noise hardly shrinks.
-    self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
+    self._orbax = ocp.AsyncCheckpointer(
+        ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
     self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
     self._pending: concurrent.futures.Future | None = None
 
@@ -90,14 +92,14 @@ class Checkpointer:
     self.close()
 
   def steps(self) -> list[int]:
-    """Returns the steps of the complete checkpoints, oldest first, without checking their contents."""
+    """Returns the steps of the complete checkpoints, oldest first; looks at names only."""
     return [_step_of(path) for path in self._complete()]
 
   def save(self, step: int, arrays: Any, host: Mapping[str, Any], wait: bool = False):
     """Saves a state; call it on every process.
 
-    Blocks while an earlier save is being written, then for the copy to the host. The arrays may be donated or
-    changed in place as soon as it returns.
+    Blocks while an earlier save is being written, then for the copy to the host. The arrays may be
+    donated or changed in place as soon as it returns.
 
     Args:
       step: Number of the checkpoint. Saving a step again replaces it.
@@ -106,8 +108,8 @@ class Checkpointer:
       wait: Whether to return only once it is safe on disk, as before exiting.
     Raises:
       TypeError: if a leaf is no array or a random key, or `host` is not JSON.
-      OSError: if this save (when waiting) or the one before it could not be written. The folder still holds
-        the last complete one.
+      OSError: if this save (when waiting) or the one before it could not be written. The folder
+        still holds the last complete one.
     """
     host_text = json.dumps(host)
     leaves = _named_leaves(arrays)
@@ -120,7 +122,12 @@ class Checkpointer:
       temporary.mkdir(parents=True)
     _barrier(f'checkpoint_folder_{final.name}')
     self._orbax.save(temporary / 'arrays', args=ocp.args.PyTreeSave(stored))
-    manifest = {'step': int(step), 'leaves': {name: _signature(leaf) for name, leaf in leaves.items()}}
+    manifest = {
+        'step': int(step),
+        'leaves': {
+            name: _signature(leaf) for name, leaf in leaves.items()
+        }
+    }
     self._pending = self._thread.submit(self._commit, temporary, final, host_text, manifest)
     if wait:
       self.wait()
@@ -146,10 +153,11 @@ class Checkpointer:
     One with damaged files is reported as an error, moved aside to `corrupt_...` and stepped over.
 
     Args:
-      template: Pytree like the one saved, of arrays or `jax.ShapeDtypeStruct`s. Its jax leaves are restored to
-        its shardings, whatever they were saved from, and its numpy leaves as numpy arrays.
-      partial: Whether the checkpoint may hold more leaves than the template, as when only the parameters are
-        wanted.
+      template: Pytree like the one saved, of arrays or `jax.ShapeDtypeStruct`s. Its jax leaves are
+        restored to its shardings, whatever they were saved from, and its numpy leaves as numpy
+        arrays.
+      partial: Whether the checkpoint may hold more leaves than the template, as when only the
+        parameters are wanted.
     Returns:
       The state, or None where the folder holds no checkpoint, not even a damaged one.
     Raises:
@@ -164,16 +172,21 @@ class Checkpointer:
     manifest = _read_manifest(path)
     wanted = _named_leaves(template)
     _check_same_leaves(path, manifest['leaves'], wanted, partial)
-    restored = self._orbax.restore(path / 'arrays', args=ocp.args.PyTreeRestore(
-        item={name: 0 for name in wanted}, partial_restore=partial,
-        restore_args={name: _restore_args(leaf) for name, leaf in wanted.items()}))
+    restored = self._orbax.restore(
+        path / 'arrays',
+        args=ocp.args.PyTreeRestore(item={name: 0 for name in wanted},
+                                    partial_restore=partial,
+                                    restore_args={
+                                        name: _restore_args(leaf) for name, leaf in wanted.items()
+                                    }))
     leaves = [_like_template(restored[name], leaf) for name, leaf in wanted.items()]
     arrays = jax.tree.unflatten(jax.tree.structure(template), leaves)
     host = json.loads((path / 'host.json').read_text(encoding='utf-8'))
     logging.info('restored %s', path)
     return Restored(manifest['step'], arrays, host)
 
-  def _commit(self, temporary: pathlib.Path, final: pathlib.Path, host_text: str, manifest: dict[str, Any]):
+  def _commit(self, temporary: pathlib.Path, final: pathlib.Path, host_text: str,
+              manifest: dict[str, Any]):
     """Runs on the thread: waits for orbax, seals the folder and renames it."""
     self._orbax.wait_until_finished()
     if jax.process_index() != 0:
@@ -214,12 +227,14 @@ class Checkpointer:
         return path
       except CorruptCheckpointError as error:
         aside = _move_aside(path)
-        logging.error('CHECKPOINT DAMAGED: %s: %s. Moved to %s; going back to the checkpoint before it.', path,
-                      error, aside)
+        logging.error(
+            'CHECKPOINT DAMAGED: %s: %s. Moved to %s; going back to the checkpoint before it.',
+            path, error, aside)
     damaged = list(self._folder.glob(_CORRUPT + '*'))
     if damaged:
       raise CorruptCheckpointError(
-          f'no checkpoint in {self._folder} can be restored: {sorted(p.name for p in damaged)} are damaged. To start '
+          f'no checkpoint in {self._folder} can be restored: {sorted(p.name for p in damaged)} are '
+          'damaged. To start '
           'from the beginning take another workdir or remove these folders.')
     return None
 
@@ -259,11 +274,13 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 def _storable(name: str, leaf: Any) -> Any:
   if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
-    raise TypeError(f'leaf {name} is a {type(leaf).__name__}, not an array; numbers and text belong into host')
+    raise TypeError(
+        f'leaf {name} is a {type(leaf).__name__}, not an array; numbers and text belong into host')
   if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-    raise TypeError(f'leaf {name} is a random key; keys are computed from (seed, purpose, step), never stored')
-  # Orbax reads numpy arrays later, on its own thread: the caller may have changed them by then. It refuses
-  # arrays without elements, which have nothing to store but their shape.
+    raise TypeError(
+        f'leaf {name} is a random key; keys are computed from (seed, purpose, step), never stored')
+  # Orbax reads numpy arrays later, on its own thread: the caller may have changed them by then. It
+  # refuses arrays without elements, which have nothing to store but their shape.
   if leaf.size == 0:
     return np.zeros((), leaf.dtype)
   return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
@@ -287,7 +304,8 @@ def _is_uncommitted(leaf: Any) -> bool:
 def _like_template(value: Any, leaf: Any) -> Any:
   """Gives a numpy value the template's kind: a jax array stays committed, or not, to its device.
 
-  Were that different after a resume, the first step would compile other programs than the run that was killed.
+  Were that different after a resume, the first step would compile other programs than the run that
+  was killed.
   """
   if isinstance(value, jax.Array):
     return value
@@ -300,19 +318,25 @@ def _like_template(value: Any, leaf: Any) -> Any:
   return jax.device_put(value, leaf.sharding)
 
 
-def _check_same_leaves(path: pathlib.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], partial: bool):
-  mend = 'Take another workdir, or the config this checkpoint was made with (config.json in its workdir).'
-  mend = ('Take another workdir, or the config this checkpoint was made with (config.json in its workdir).')
+def _check_same_leaves(path: pathlib.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any],
+                       partial: bool):
+  mend = ('Take another workdir, or the config this checkpoint was made with (config.json in its '
+          'workdir).')
   for name, leaf in wanted.items():
     if name not in saved:
-      raise MismatchError(f'{path} is of another architecture: it has no leaf {name}; this run has one of shape '
-                          f'{tuple(leaf.shape)}. {mend}')
+      raise MismatchError(
+          f'{path} is of another architecture: it has no leaf {name}; this run has one of shape '
+          f'{tuple(leaf.shape)}. {mend}')
     shape, dtype = saved[name]
     if tuple(shape) != tuple(leaf.shape):
-      raise MismatchError(f'{path} is of another architecture: leaf {name} has shape {tuple(shape)} there and '
-                          f'{tuple(leaf.shape)} in this run. {mend}')
+      raise MismatchError(
+          f'{path} is of another architecture: leaf {name} has shape {tuple(shape)} there and '
+          f'{tuple(leaf.shape)} in this run. {mend}')
     if dtype != np.dtype(leaf.dtype).name:
-      raise MismatchError(f'{path} has leaf {name} in {dtype}; this run has it in {np.dtype(leaf.dtype).name}. {mend}')
+      raise MismatchError(
+          f'{path} has leaf {name} in {dtype}; this run has it in '
+          f'{np.dtype(leaf.dtype).name}. {mend}'
+      )
   extra = next((name for name in saved if name not in wanted), None)
   if extra is not None and not partial:
     raise MismatchError(f'{path} is of another architecture: it has a leaf {extra} of shape '

@@ -12,16 +12,21 @@ from absl import logging
 import rich.console
 import rich.progress
 
-HEADLINE = ('success', 'reward', 'loss', 'token_accuracy', 'tokens_per_second', 'tokens_per_second/decode')
-_SHORT = {'tokens_per_second': 'tokens/s', 'tokens_per_second/decode': 'tokens/s', 'token_accuracy': 'accuracy'}
+HEADLINE = ('success', 'reward', 'loss', 'token_accuracy', 'tokens_per_second',
+            'tokens_per_second/decode')
+_SHORT = {
+    'tokens_per_second': 'tokens/s',
+    'tokens_per_second/decode': 'tokens/s',
+    'token_accuracy': 'accuracy'
+}
 _WINDOW = 30  # Steps that the estimate of the time left looks back on.
 
 
 class Progress(contextlib.AbstractContextManager):
   """Shows stage, step, a bar, time elapsed and left, and a few metrics, while its block runs.
 
-  On a terminal it is a live display, taken down when the block ends, exceptions included. Elsewhere it is one
-  plain line every `interval` seconds, at the first and at the last step of a stage.
+  On a terminal it is a live display, taken down when the block ends, exceptions included. Elsewhere
+  it is one plain line every `interval` seconds, at the first and at the last step of a stage.
 
   Args:
     headline: Names of the metrics shown, in order; those missing are skipped.
@@ -35,7 +40,10 @@ class Progress(contextlib.AbstractContextManager):
     rl  2/2  100%  elapsed 0:00:00  left 0:00:00  success 0.500
   """
 
-  def __init__(self, headline: Sequence[str] = HEADLINE, interval: float = 10.0, stream: IO[str] | None = None,
+  def __init__(self,
+               headline: Sequence[str] = HEADLINE,
+               interval: float = 10.0,
+               stream: IO[str] | None = None,
                clock: Callable[[], float] = time.monotonic):
     self._headline = tuple(headline)
     self._interval = interval
@@ -52,11 +60,14 @@ class Progress(contextlib.AbstractContextManager):
   def __enter__(self) -> Progress:
     console = rich.console.Console(file=self._stream)
     if console.is_terminal:
-      self._live = rich.progress.Progress(
-          '[bold]{task.description}', rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
-          '{task.fields[text]}', console=console)
+      self._live = rich.progress.Progress('[bold]{task.description}',
+                                          rich.progress.BarColumn(),
+                                          rich.progress.MofNCompleteColumn(),
+                                          '{task.fields[text]}',
+                                          console=console)
       self._live.start()
-      # absl holds on to the stream it first saw; through rich its lines go above the bar, not across it.
+      # absl holds on to the stream it first saw; through rich its lines go above the bar, not
+      # across it.
       handler = logging.get_absl_handler().python_handler
       self._log_stream = handler.stream
       if self._log_stream is sys.__stderr__:
@@ -105,7 +116,7 @@ class Progress(contextlib.AbstractContextManager):
       self._stream.flush()
 
   def seconds_left(self) -> float | None:
-    """Returns the time left in the stage at the pace of the last steps; None before the first step."""
+    """Returns the time left in the stage at the pace of the last steps; None before the first."""
     (first_time, first_step), (last_time, last_step) = self._history[0], self._history[-1]
     if last_step <= first_step:
       return None
@@ -113,10 +124,14 @@ class Progress(contextlib.AbstractContextManager):
 
   def _text(self, now: float, metrics: Mapping[str, float]) -> str:
     left = self.seconds_left()
-    parts = [f'elapsed {_clock_text(now - self._started)}',
-             f'left {"-:--:--" if left is None else _clock_text(left)}']
-    parts += [f'{_SHORT.get(name, name)} {_short_number(metrics[name])}' for name in self._headline
-              if metrics.get(name) is not None]
+    parts = [
+        f'elapsed {_clock_text(now - self._started)}',
+        f'left {"-:--:--" if left is None else _clock_text(left)}'
+    ]
+    parts += [
+        f'{_SHORT.get(name, name)} {_short_number(metrics[name])}' for name in self._headline
+        if metrics.get(name) is not None
+    ]
     return '  '.join(parts)
 
 

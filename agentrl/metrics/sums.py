@@ -75,12 +75,13 @@ def _lift(metric: Metric) -> Sum | Max:
 
 def _add_one(name: str, a: Sum | Max, b: Sum | Max) -> Sum | Max:
   if type(a) is not type(b):
-    raise TypeError(f'metric {name!r} is a {type(a).__name__} in one part and a {type(b).__name__} in another')
+    raise TypeError(
+        f'metric {name!r} is a {type(a).__name__} in one part and a {type(b).__name__} in another')
   if isinstance(a, Sum):
     return Sum(a.numerator + b.numerator, a.denominator + b.denominator)
   if isinstance(a.value, (int, float)) and isinstance(b.value, (int, float)):
     return Max(max(a.value, b.value))
-  import jax.numpy as jnp  # Only arrays need it, and host tools that merge floats should start fast.
+  import jax.numpy as jnp  # Only arrays need it; host tools that merge floats start faster.
   return Max(jnp.maximum(a.value, b.value))
 
 

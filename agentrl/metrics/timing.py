@@ -7,13 +7,15 @@ import threading
 import time
 from typing import Callable, Iterator
 
-# Recorded by jax around every backend compilation. A hit in jax's persistent cache is recorded as well: it too
-# means that a new program was asked for.
+# Recorded by jax around every backend compilation. A hit in jax's persistent cache is recorded as
+# well: it too means that a new program was asked for.
 COMPILE_EVENT = '/jax/core/compile/backend_compile_duration'
 
 
 class Timer:
-  """Seconds by named phase. An inner phase stops the clock of the outer one, so phases add up to wall time.
+  """Seconds by named phase.
+
+  An inner phase stops the clock of the outer one, so phases add up to wall time.
 
   One thread only.
 

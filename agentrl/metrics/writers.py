@@ -17,16 +17,19 @@ RESERVED = ('step', 'stage', 'time')
 
 
 class MetricsWriter:
-  """Appends one JSON object a step to `workdir/metrics.jsonl`, and the same to `workdir/tensorboard/`.
+  """Appends one JSON object a step to `workdir/metrics.jsonl`, and writes TensorBoard events.
 
-  A line holds `step`, `stage`, `time` (Unix seconds), `seconds` (wall seconds of the step) and the values by
-  name, flat. It is on its way to the disk when `write` returns, so a kill loses at most the line being written.
+  A line holds `step`, `stage`, `time` (Unix seconds), `seconds` (wall seconds of the step) and the
+  values by name, flat. It is on its way to the disk when `write` returns, so a kill loses at most
+  the line being written.
 
   Args:
     workdir: The run's folder; made if missing.
-    start_step: First step that this process will write. Lines of it and later ones, left by a killed process,
-      are dropped, so that the file of a resumed run equals that of an uninterrupted one.
-    tensorboard: Whether to write TensorBoard events; skipped with a log line where tensorboardX is missing.
+    start_step: First step that this process will write. Lines of it and later ones, left by a
+      killed process, are dropped, so that the file of a resumed run equals that of an uninterrupted
+      one.
+    tensorboard: Whether to write TensorBoard events; skipped with a log line where tensorboardX is
+      missing.
   Raises:
     ValueError: if metrics.jsonl holds something else than metrics.
   Example:
@@ -45,7 +48,8 @@ class MetricsWriter:
     if self._path.exists():
       _drop_from(self._path, start_step)
     self._file = open(self._path, 'a', encoding='utf-8')
-    self._tensorboard = _open_tensorboard(folder / 'tensorboard', start_step) if tensorboard else None
+    self._tensorboard = _open_tensorboard(folder /
+                                          'tensorboard', start_step) if tensorboard else None
     self._last_write = time.monotonic()
     self._warned: set[str] = set()
 
@@ -61,14 +65,16 @@ class MetricsWriter:
     Args:
       step: Updates made before this step, counted over all stages.
       stage: Name of the stage, such as 'rl'. One step may have a line of each of several stages.
-      values: Scalars by name, in any numeric type. NaN and infinities become null, with a warning for each name.
-        `seconds` is filled in with the time since the previous line where it is missing.
+      values: Scalars by name, in any numeric type. NaN and infinities become null, with a warning
+        for each name. `seconds` is filled in with the time since the previous line where it is
+        missing.
     Raises:
       ValueError: if a name is reserved.
     """
     taken = [name for name in values if name in RESERVED]
     if taken:
-      raise ValueError(f'{taken} cannot be names of metrics: every line has fields of these names already')
+      raise ValueError(
+          f'{taken} cannot be names of metrics: every line has fields of these names already')
     now = time.monotonic()
     values = {'seconds': now - self._last_write, **values}
     self._last_write = now
@@ -95,7 +101,8 @@ class MetricsWriter:
       return number
     if name not in self._warned:
       self._warned.add(name)
-      logging.warning('metric %r is %s at step %d; written as null, here and from now on', name, number, step)
+      logging.warning('metric %r is %s at step %d; written as null, here and from now on', name,
+                      number, step)
     return None
 
 
@@ -123,8 +130,9 @@ def _parse(path: pathlib.Path, number: int, line: str) -> dict[str, Any]:
   try:
     record = json.loads(line)
   except json.JSONDecodeError as error:
-    raise ValueError(f'{path}:{number} is not JSON ({error}); mend or remove the line, or take another '
-                     'workdir') from error
+    raise ValueError(
+        f'{path}:{number} is not JSON ({error}); mend or remove the line, or take another '
+        'workdir') from error
   if not isinstance(record, dict) or 'step' not in record:
     raise ValueError(f'{path}:{number} is no line of metrics: it has no "step"')
   return record
@@ -149,6 +157,7 @@ def _open_tensorboard(folder: pathlib.Path, start_step: int):
   try:
     import tensorboardX
   except ImportError:
-    logging.info('tensorboardX is not installed: no TensorBoard events; pip install tensorboardX for them')
+    logging.info(
+        'tensorboardX is not installed: no TensorBoard events; pip install tensorboardX for them')
     return None
   return tensorboardX.SummaryWriter(str(folder), purge_step=start_step, flush_secs=10)

@@ -1,4 +1,4 @@
-"""Trajectories on disk: one compressed file a step, exact, and readable without a tokenizer or jax."""
+"""Trajectories on disk: one compressed file a step, exact, read without tokenizer or jax."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class StoredStep(NamedTuple):
     step: Updates made before these trajectories were sampled.
     trajectories: As they were written.
     extra: As it was written: arrays come back as arrays, tuples as tuples.
-    pieces: Token id to the text of that single piece, for the ids that occur; {} if written without.
+    pieces: Token id to the text of that single piece, for the ids that occur; {} if written
+      without.
   """
 
   step: int
@@ -47,7 +48,8 @@ class TrajectoryStore:
     piece: Text of a single token id, by which a viewer can show tokens without the tokenizer.
   Example:
     >>> import tempfile
-    >>> trajectory = types.Trajectory(types.Task('t', 'math', (), 3), sample=0, group_id='t', seed=1)
+    >>> task = types.Task('t', 'math', (), 3)
+    >>> trajectory = types.Trajectory(task, sample=0, group_id='t', seed=1)
     >>> trajectory.segments[0].append_sampled([7], [-0.5], [0.25], turn=0)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   path = TrajectoryStore(folder, piece='abcdefgh'.__getitem__).write(2, [trajectory], {})
@@ -60,7 +62,9 @@ class TrajectoryStore:
     self._folder = pathlib.Path(folder)
     self._piece = piece
 
-  def write(self, step: int, trajectories: Sequence[types.Trajectory],
+  def write(self,
+            step: int,
+            trajectories: Sequence[types.Trajectory],
             extra: Mapping[str, Any] | None = None) -> pathlib.Path:
     """Writes a step's trajectories; replaces the step's file if there is one.
 
@@ -69,12 +73,14 @@ class TrajectoryStore:
     Args:
       step: Updates made before they were sampled.
       trajectories: In any order, finished or not.
-      extra: More about them, of JSON types, tuples, bytes and arrays. The viewer knows `advantages`: for each
-        trajectory a number, or a list with an array [T] for each of its segments.
+      extra: More about them, of JSON types, tuples, bytes and arrays. The viewer knows
+        `advantages`: for each trajectory a number, or a list with an array [T] for each of its
+        segments.
     Returns:
       Path of the file.
     """
-    ids = sorted({int(t) for trajectory in trajectories for s in trajectory.segments for t in s.tokens})
+    ids = sorted(
+        {int(t) for trajectory in trajectories for s in trajectory.segments for t in s.tokens})
     tasks, encoded = {}, []
     for trajectory in trajectories:
       task = json.dumps(_encode(dataclasses.asdict(trajectory.task)))
@@ -84,7 +90,9 @@ class TrajectoryStore:
         'format': _FORMAT,
         'step': int(step),
         'tasks': [json.loads(task) for task in tasks],
-        'pieces': {str(i): self._piece(i) for i in ids} if self._piece else {},
+        'pieces': {
+            str(i): self._piece(i) for i in ids
+        } if self._piece else {},
         'extra': _encode(dict(extra or {})),
         'trajectories': encoded,
     }
@@ -108,7 +116,8 @@ def list_paths(folder: str | os.PathLike) -> list[pathlib.Path]:
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     return []
-  return sorted((p for p in folder.iterdir() if re.fullmatch(r'step_\d+\.json\.gz', p.name)), key=step_of)
+  return sorted((p for p in folder.iterdir() if re.fullmatch(r'step_\d+\.json\.gz', p.name)),
+                key=step_of)
 
 
 def step_of(path: str | os.PathLike) -> int:
@@ -129,7 +138,8 @@ def read(path: str | os.PathLike) -> StoredStep:
   except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
     raise ValueError(f'{path} is damaged or no trajectory file ({error})') from error
   if document.get('format') != _FORMAT:
-    raise ValueError(f'{path} has format {document.get("format")}; this version of agentrl reads {_FORMAT}')
+    raise ValueError(
+        f'{path} has format {document.get("format")}; this version of agentrl reads {_FORMAT}')
   tasks = [_decode_task(task) for task in document['tasks']]
   trajectories = [_decode_trajectory(t, tasks) for t in document['trajectories']]
   pieces = {int(i): piece for i, piece in document['pieces'].items()}
@@ -138,7 +148,8 @@ def read(path: str | os.PathLike) -> StoredStep:
 
 def _encode(value: Any) -> Any:
   """Turns a value into JSON types; kinds that JSON lacks are tagged."""
-  if value is None or isinstance(value, (str, bool, int, float)) and not isinstance(value, np.generic):
+  if value is None or isinstance(value,
+                                 (str, bool, int, float)) and not isinstance(value, np.generic):
     return value
   if isinstance(value, Mapping) and all(isinstance(k, str) for k in value) and _TAG not in value:
     return {k: _encode(v) for k, v in value.items()}
@@ -151,10 +162,17 @@ def _encode(value: Any) -> Any:
   if isinstance(value, bytes):
     return {_TAG: 'bytes', 'data': base64.b64encode(value).decode()}
   if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
-    return {_TAG: 'array', 'dtype': value.dtype.str, 'shape': list(value.shape), 'scalar': isinstance(value, np.generic),
-            'data': base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()}
-  # A run must not end because somebody's metadata holds an object; what is kept of it says what it was.
-  logging.log_first_n(logging.WARNING, 'a %s in a trajectory cannot be stored; its repr is', 3, type(value).__name__)
+    return {
+        _TAG: 'array',
+        'dtype': value.dtype.str,
+        'shape': list(value.shape),
+        'scalar': isinstance(value, np.generic),
+        'data': base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
+    }
+  # A run must not end because somebody's metadata holds an object; what is kept of it says what it
+  # was.
+  logging.log_first_n(logging.WARNING, 'a %s in a trajectory cannot be stored; its repr is', 3,
+                      type(value).__name__)
   return {_TAG: 'repr', 'data': repr(value)}
 
 
@@ -183,9 +201,13 @@ def _decode(value: Any) -> Any:
 def _encode_trajectory(trajectory: types.Trajectory) -> dict[str, Any]:
   fields = {f.name: getattr(trajectory, f.name) for f in dataclasses.fields(trajectory)}
   del fields['task']
-  fields['segments'] = [
-      {'tokens': s.tokens, 'sampled': s.sampled, 'log_probs': s.log_probs, 'entropies': s.entropies,
-       'turns': s.turns} for s in trajectory.segments]
+  fields['segments'] = [{
+      'tokens': s.tokens,
+      'sampled': s.sampled,
+      'log_probs': s.log_probs,
+      'entropies': s.entropies,
+      'turns': s.turns
+  } for s in trajectory.segments]
   fields['turns'] = [dataclasses.asdict(turn) for turn in trajectory.turns]
   fields['status'] = trajectory.status.value
   fields['boundary'] = trajectory.boundary and trajectory.boundary.value
@@ -211,7 +233,8 @@ def _decode_segment(columns: Mapping[str, np.ndarray]) -> types.Segment:
     run = list(run)
     rows = slice(run[0], run[-1] + 1)
     if is_sampled:
-      segment.append_sampled(columns['tokens'][rows], columns['log_probs'][rows], columns['entropies'][rows], turn)
+      segment.append_sampled(columns['tokens'][rows], columns['log_probs'][rows],
+                             columns['entropies'][rows], turn)
     else:
       segment.append_forced(columns['tokens'][rows], turn)
   return segment
@@ -220,8 +243,9 @@ def _decode_segment(columns: Mapping[str, np.ndarray]) -> types.Segment:
 def _decode_turn(fields: Mapping[str, Any]) -> types.Turn:
   calls = tuple(types.ToolCall(**call) for call in fields['calls'])
   results = tuple(
-      types.ToolResult(**{**result, 'parts': tuple(types.Part(**part) for part in result['parts'])})
-      for result in fields['results'])
+      types.ToolResult(**{
+          **result, 'parts': tuple(types.Part(**part) for part in result['parts'])
+      }) for result in fields['results'])
   return types.Turn(**{**fields, 'calls': calls, 'results': results})
 
 

@@ -1,4 +1,4 @@
-"""Charts as strings of HTML with inline SVG: no libraries, colours by CSS variable, values on hover by data attribute."""
+"""Charts as HTML with inline SVG: colours by CSS variable, values on hover by data attribute."""
 
 from __future__ import annotations
 
@@ -45,8 +45,11 @@ class _Scale(NamedTuple):
     return HEIGHT - _BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (HEIGHT - _TOP - _BOTTOM)
 
 
-def line_chart(title: str, series: Sequence[Series], marks: Sequence[Mark] = (), unit_range: bool = False) -> str:
-  """Returns a figure with one curve a series; long ones get a bold running mean over the faint raw values.
+def line_chart(title: str,
+               series: Sequence[Series],
+               marks: Sequence[Mark] = (),
+               unit_range: bool = False) -> str:
+  """Returns a figure with one curve a series; long ones get a running mean over the raw values.
 
   Args:
     title: Shown above.
@@ -67,12 +70,18 @@ def line_chart(title: str, series: Sequence[Series], marks: Sequence[Mark] = (),
   for i, one in enumerate(series):
     colour = f'style="--k:var(--c{i % _COLOURS})"'
     smooth = _running_mean(one.ys) if len(one.ys) >= 40 else None
-    parts.append(f'<path class="curve{" raw" if smooth else ""}" {colour} d="{_path(scale, one.xs, one.ys)}"/>')
+    parts.append(
+        f'<path class="curve{" raw" if smooth else ""}" {colour} '
+        f'd="{_path(scale, one.xs, one.ys)}"/>'
+    )
     if smooth:
       parts.append(f'<path class="curve" {colour} d="{_path(scale, one.xs, smooth)}"/>')
     elif sum(y is not None for y in one.ys) <= 12:
-      parts += [f'<circle class="dot" {colour} cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="2.2"/>'
-                for x, y in zip(one.xs, one.ys) if y is not None]
+      parts += [
+          f'<circle class="dot" {colour} cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="2.2"/>'
+          for x, y in zip(one.xs, one.ys)
+          if y is not None
+      ]
   parts += [_mark(scale, mark) for mark in marks]
   legend = [(s.label, i) for i, s in enumerate(series)] if len(series) > 1 else []
   return _figure(title, scale, parts, series, legend, marks)
@@ -103,7 +112,8 @@ def area_chart(title: str, series: Sequence[Series]) -> str:
   return _figure(title, scale, parts, series, [(s.label, i) for i, s in enumerate(series)])
 
 
-def bar_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]]) -> str:
+def bar_table(title: str, columns: Sequence[str],
+              rows: Sequence[tuple[str, Sequence[float | None]]]) -> str:
   """Returns a figure of horizontal bars of fractions, one group a row and one bar a column.
 
   Args:
@@ -114,11 +124,16 @@ def bar_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequ
   cells = []
   for name, values in rows:
     bars = ''.join(
-        f'<div class="bar" style="--k:var(--c{i % _COLOURS});--w:{100 * min(max(value, 0.0), 1.0):.1f}%">'
-        f'<i></i><b>{100 * value:.0f}%</b></div>' for i, value in enumerate(values) if value is not None)
+        f'<div class="bar" style="--k:var(--c{i % _COLOURS});'
+        f'--w:{100 * min(max(value, 0.0), 1.0):.1f}%">'
+        f'<i></i><b>{100 * value:.0f}%</b></div>'
+        for i, value in enumerate(values)
+        if value is not None)
     cells.append(f'<div class="barname">{html.escape(name)}</div><div>{bars}</div>')
-  return (f'<figure><figcaption>{html.escape(title)}</figcaption><div class="bars">{"".join(cells)}</div>'
-          f'{_legend([(c, i) for i, c in enumerate(columns)])}</figure>')
+  return (
+      f'<figure><figcaption>{html.escape(title)}</figcaption>'
+      f'<div class="bars">{"".join(cells)}</div>'
+      f'{_legend([(c, i) for i, c in enumerate(columns)])}</figure>')
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -194,11 +209,14 @@ def _axes(scale: _Scale, ticks: Sequence[float]) -> str:
   parts = []
   for tick in ticks:
     y = scale.y(tick)
-    parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                 f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
+    parts.append(
+        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
   steps = [t for t in nice_ticks(scale.x0, scale.x1) if scale.x0 <= t <= scale.x1 and t == round(t)]
   for step in steps or [scale.x0]:
-    parts.append(f'<text x="{scale.x(step):.1f}" y="{HEIGHT - 9}" text-anchor="middle">{number(step)}</text>')
+    parts.append(
+        f'<text x="{scale.x(step):.1f}" y="{HEIGHT - 9}" text-anchor="middle">{number(step)}</text>'
+    )
   return ''.join(parts)
 
 
@@ -206,30 +224,42 @@ def _mark(scale: _Scale, mark: Mark) -> str:
   x = scale.x(mark.x)
   whisker = ''
   if mark.low is not None and mark.high is not None:
-    whisker = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{scale.y(mark.low):.1f}" y2="{scale.y(mark.high):.1f}"/>'
+    whisker = (f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{scale.y(mark.low):.1f}" '
+               f'y2="{scale.y(mark.high):.1f}"/>')
   return f'{whisker}<circle class="markdot" cx="{x:.1f}" cy="{scale.y(mark.y):.1f}" r="3.2"/>'
 
 
 def _legend(entries: Sequence[tuple[str, int]]) -> str:
   if not entries:
     return ''
-  items = ''.join(f'<span style="--k:var(--c{i % _COLOURS})"><i></i>{html.escape(label)}</span>' for label, i in entries)
+  items = ''.join(f'<span style="--k:var(--c{i % _COLOURS})"><i></i>{html.escape(label)}</span>'
+                  for label, i in entries)
   return f'<div class="legend">{items}</div>'
 
 
-def _figure(title: str, scale: _Scale, parts: Sequence[str], series: Sequence[Series],
-            legend: Sequence[tuple[str, int]], marks: Sequence[Mark] = ()) -> str:
+def _figure(title: str,
+            scale: _Scale,
+            parts: Sequence[str],
+            series: Sequence[Series],
+            legend: Sequence[tuple[str, int]],
+            marks: Sequence[Mark] = ()) -> str:
   data = {
       'frame': [_LEFT, WIDTH - _RIGHT, _TOP, HEIGHT - _BOTTOM],
       'range': [scale.x0, scale.x1],
-      'series': [[s.label, list(s.xs), [None if y is None else float(f'{y:.4g}') for y in s.ys]] for s in series],
+      'series': [[s.label,
+                  list(s.xs), [None if y is None else float(f'{y:.4g}')
+                               for y in s.ys]]
+                 for s in series],
       'marks': [[m.label, m.x, float(f'{m.y:.4g}')] for m in marks],
   }
   notes = ''
   if marks:
-    notes = f'<div class="legend"><span class="markkey"><i></i>{html.escape(marks[0].label)}</span></div>'
-  return (f'<figure><figcaption>{html.escape(title)}</figcaption>'
-          f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}" '
-          f'data-chart="{html.escape(json.dumps(data))}">{"".join(parts)}'
-          f'<line class="cross" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}" x1="0" x2="0"/></svg>'
-          f'{_legend(legend)}{notes}</figure>')
+    label = html.escape(marks[0].label)
+    notes = f'<div class="legend"><span class="markkey"><i></i>{label}</span></div>'
+  return (
+      f'<figure><figcaption>{html.escape(title)}</figcaption>'
+      f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+      f'aria-label="{html.escape(title)}" '
+      f'data-chart="{html.escape(json.dumps(data))}">{"".join(parts)}'
+      f'<line class="cross" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}" x1="0" x2="0"/></svg>'
+      f'{_legend(legend)}{notes}</figure>')

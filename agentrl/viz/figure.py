@@ -1,4 +1,4 @@
-"""The success curve of one run or of several seeds as a PNG: `python -m agentrl.viz.figure OUT.png RUNDIR...`.
+"""The success curve of one or several runs: `python -m agentrl.viz.figure OUT.png RUNDIR...`.
 
 Needs matplotlib (extra `viz`).
 """
@@ -12,12 +12,15 @@ from typing import Any, Sequence
 
 from agentrl.metrics import writers
 
-_SEED_COLOURS = ('#2563c9', '#d9702b', '#23946a', '#a9459a', '#c23b4e', '#0f8fa6', '#8a6d2f', '#6b7280')
+_SEED_COLOURS = ('#2563c9', '#d9702b', '#23946a', '#a9459a', '#c23b4e', '#0f8fa6', '#8a6d2f',
+                 '#6b7280')
 
 
-def write_figure(rundirs: str | os.PathLike | Sequence[str | os.PathLike], path: str | os.PathLike, stage: str = 'rl',
+def write_figure(rundirs: str | os.PathLike | Sequence[str | os.PathLike],
+                 path: str | os.PathLike,
+                 stage: str = 'rl',
                  metric: str = 'success') -> pathlib.Path:
-  """Draws the training curve of each run, its held-out evaluations and the level after the cold start.
+  """Draws each run's training curve and held-out evaluations, and the level after cold start.
 
   Args:
     rundirs: A run's folder, or those of several seeds.
@@ -31,17 +34,23 @@ def write_figure(rundirs: str | os.PathLike | Sequence[str | os.PathLike], path:
     ValueError: if a run has no such metric.
   """
   try:
-    from matplotlib import figure as figure_lib  # The object interface: no display, no global state.
+    from matplotlib import figure as figure_lib  # Its objects need no display or global state.
   except ImportError as error:
     raise ImportError('figures need matplotlib: pip install "agentrl[viz]"') from error
   rundirs = [rundirs] if isinstance(rundirs, (str, os.PathLike)) else list(rundirs)
   figure = figure_lib.Figure(figsize=(7.2, 3.8), dpi=160, layout='constrained')
   axes = figure.add_subplot()
-  cold_starts = [_draw_run(axes, pathlib.Path(rundir), i, stage, metric, len(rundirs))
-                 for i, rundir in enumerate(rundirs)]
+  cold_starts = [
+      _draw_run(axes, pathlib.Path(rundir), i, stage, metric, len(rundirs))
+      for i, rundir in enumerate(rundirs)
+  ]
   known = [value for value in cold_starts if value is not None]
   if known:
-    axes.axhline(sum(known) / len(known), color='#667080', linestyle='--', linewidth=1.2, zorder=1,
+    axes.axhline(sum(known) / len(known),
+                 color='#667080',
+                 linestyle='--',
+                 linewidth=1.2,
+                 zorder=1,
                  label='after the cold start, held-out')
   axes.set(xlabel=f'{stage} step', ylabel=metric, ylim=(0, 1.02), xlim=(0, None))
   axes.grid(axis='y', color='#e3e5e9')
@@ -54,7 +63,8 @@ def write_figure(rundirs: str | os.PathLike | Sequence[str | os.PathLike], path:
   return path
 
 
-def _draw_run(axes: Any, rundir: pathlib.Path, index: int, stage: str, metric: str, runs: int) -> float | None:
+def _draw_run(axes: Any, rundir: pathlib.Path, index: int, stage: str, metric: str,
+              runs: int) -> float | None:
   """Draws one run; returns its held-out value before the stage, None where it was not measured."""
   lines = [line for line in writers.read_metrics(rundir) if line.get(metric) is not None]
   curve = [line for line in lines if line['stage'] == stage]
@@ -67,14 +77,24 @@ def _draw_run(axes: Any, rundir: pathlib.Path, index: int, stage: str, metric: s
   steps = [line['step'] - start for line in curve]
   label = 'training, mean of 5 steps' + (f', {rundir.name}' if runs > 1 else '')
   axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-  axes.plot(steps, [_mean_around(values, i) for i in range(len(values))], color=colour, linewidth=2, label=label)
+  axes.plot(steps, [_mean_around(values, i) for i in range(len(values))],
+            color=colour,
+            linewidth=2,
+            label=label)
   evaluations = [line for line in lines if line['stage'] == 'eval']
   after = [line for line in evaluations if line['step'] > start]
   if after:
     low = [line[metric] - (line.get(f'{metric}_ci95_low') or line[metric]) for line in after]
     high = [(line.get(f'{metric}_ci95_high') or line[metric]) - line[metric] for line in after]
-    axes.errorbar([line['step'] - start for line in after], [line[metric] for line in after], [low, high], fmt='o',
-                  color=colour, markeredgecolor='white', markersize=7, capsize=3, zorder=4, clip_on=False,
+    axes.errorbar([line['step'] - start for line in after], [line[metric] for line in after],
+                  [low, high],
+                  fmt='o',
+                  color=colour,
+                  markeredgecolor='white',
+                  markersize=7,
+                  capsize=3,
+                  zorder=4,
+                  clip_on=False,
                   label='held-out, 95 % interval' if index == 0 else None)
   before = [line[metric] for line in evaluations if line['step'] <= start]
   return before[-1] if before else None

@@ -30,7 +30,8 @@ def test_plain_lines_come_every_interval_and_at_the_end():
       clock.now += 4
       display.update(step, {'success': 0.5, 'tokens_per_second/decode': 3210.0, 'other': 1.0})
   lines = stream.getvalue().splitlines()
-  # Steps end at 4, 8, ... 40 s. A line at once, then at the first step at least 10 s later, and at the last.
+  # Steps end at 4, 8, ... 40 s. A line at once, then at the first step at least 10 s later, and at
+  # the last.
   assert [line.split()[1] for line in lines] == ['1/10', '4/10', '7/10', '10/10']
   # 4 s a step, 9 steps to go.
   assert lines[0] == 'rl  1/10  10%  elapsed 0:00:04  left 0:00:36  success 0.500  tokens/s 3.2k'
@@ -71,8 +72,13 @@ def test_the_terminal_is_restored_and_log_lines_stay_whole(ending):
         {ending}
       """)
   leader, follower = os.openpty()
-  process = subprocess.Popen([sys.executable, '-c', script], stdout=follower, stderr=follower,
-                             env={**os.environ, 'TERM': 'xterm', 'COLUMNS': '140'})
+  process = subprocess.Popen([sys.executable, '-c', script],
+                             stdout=follower,
+                             stderr=follower,
+                             env={
+                                 **os.environ, 'TERM': 'xterm',
+                                 'COLUMNS': '140'
+                             })
   os.close(follower)
   output = b''
   while True:
@@ -86,7 +92,8 @@ def test_the_terminal_is_restored_and_log_lines_stay_whole(ending):
   os.close(leader)
   assert process.wait(timeout=20) == (1 if 'raise' in ending else 0)
   text = output.decode()
-  hide, show = '\x1b[?25l', '\x1b[?25h'  # The terminal's sequences for hiding and showing the cursor.
+  # The terminal's sequences for hiding and showing the cursor.
+  hide, show = '\x1b[?25l', '\x1b[?25h'
   assert text.count(hide) >= 1 and text.rindex(show) > text.rindex(hide)
   assert 'a line of the log' in text and '2/3' in text and 'success 0.750' in text
   assert ('boom' in text) == ('raise' in ending)

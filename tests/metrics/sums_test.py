@@ -13,7 +13,8 @@ from agentrl.metrics import sums
 
 
 def test_micro_batches_of_unequal_size_give_the_mean_of_the_whole():
-  # Mean of (1, 2, 3, 10) is 4; the mean of the parts' means, (2 + 10) / 2 = 6, is the classic mistake.
+  # Mean of (1, 2, 3, 10) is 4; the mean of the parts' means, (2 + 10) / 2 = 6, is the classic
+  # mistake.
   parts = [{'loss': sums.Sum(6.0, 3.0)}, {'loss': sums.Sum(10.0, 1.0)}]
   assert sums.finalize(sums.merge(parts)) == {'loss': 4.0}
 
@@ -21,8 +22,10 @@ def test_micro_batches_of_unequal_size_give_the_mean_of_the_whole():
 @pytest.mark.parametrize('splits', [(), (1,), (3, 4), (2, 5, 9)])
 def test_every_split_gives_the_same_value(splits):
   values = np.random.default_rng(0).normal(size=11)
-  parts = [{'m': sums.Sum(p.sum(), float(p.size)), 'top': sums.Max(float(p.max()))}
-           for p in np.split(values, splits)]
+  parts = [{
+      'm': sums.Sum(p.sum(), float(p.size)),
+      'top': sums.Max(float(p.max()))
+  } for p in np.split(values, splits)]
   merged = sums.finalize(sums.merge(parts))
   # Definition of mean and maximum over the whole.
   assert merged['m'] == pytest.approx(values.mean())
@@ -43,8 +46,10 @@ def test_adding_under_jit_and_scan_equals_adding_on_the_host():
 
   @jax.jit
   def scanned(values):
+
     def body(carry, row):
       return sums.add(carry, {'m': sums.Sum(row.sum(), 2.0), 'top': sums.Max(row.max())}), None
+
     start = {'m': sums.Sum(jnp.float32(0), jnp.float32(0)), 'top': sums.Max(jnp.float32(-jnp.inf))}
     return jax.lax.scan(body, start, values)[0]
 

@@ -32,7 +32,8 @@ def test_a_line_has_step_stage_time_seconds_and_values(tmp_path):
 
 
 @pytest.mark.parametrize('killed_after, resumed_at', [(5, 5), (5, 3), (5, 0), (1, 0)])
-def test_the_file_of_a_resumed_run_equals_that_of_an_uninterrupted_one(tmp_path, killed_after, resumed_at):
+def test_the_file_of_a_resumed_run_equals_that_of_an_uninterrupted_one(
+    tmp_path, killed_after, resumed_at):
   _write(tmp_path / 'whole', range(8))
   _write(tmp_path / 'killed', range(killed_after))
   _write(tmp_path / 'killed', range(resumed_at, 8), start_step=resumed_at)
@@ -59,13 +60,15 @@ def test_another_kind_of_file_is_refused_and_left_alone(tmp_path):
 
 def test_values_that_are_not_finite_become_null_with_a_warning(tmp_path, caplog):
   with caplog.at_level(std_logging.WARNING):
-    with writers.MetricsWriter(tmp_path) as writer:  # With TensorBoard, which must not get them either.
+    with writers.MetricsWriter(
+        tmp_path) as writer:  # With TensorBoard, which must not get them either.
       for step in range(2):
         writer.write(step, 'rl', {'loss': float('nan'), 'ratio_max': np.inf, 'reward': 1.0})
   for line in (tmp_path / writers.FILE_NAME).read_text().splitlines():
     parsed = json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
     assert parsed['loss'] is None and parsed['ratio_max'] is None and parsed['reward'] == 1.0
-  assert sum("metric 'loss'" in r.getMessage() for r in caplog.records) == 1  # Once a name, not once a step.
+  assert sum("metric 'loss'" in r.getMessage()
+             for r in caplog.records) == 1  # Once a name, not once a step.
 
 
 def test_a_reserved_name_is_refused(tmp_path):

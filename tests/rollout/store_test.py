@@ -21,8 +21,14 @@ _PNG = b'\x89PNG\x00\xff'
 
 
 def _trajectory(sample: int = 0) -> types.Trajectory:
-  task = types.Task('gsm/7', 'math', (types.Message('user', 'What is 2 + 2? 🐍'),), {'answer': 4, 'tolerance': 1e-6},
-                    {'family': 'sums', 'pair': (1, 2), 3: 'key that is no string'})
+  task = types.Task('gsm/7', 'math', (types.Message('user', 'What is 2 + 2? 🐍'),), {
+      'answer': 4,
+      'tolerance': 1e-6
+  }, {
+      'family': 'sums',
+      'pair': (1, 2),
+      3: 'key that is no string'
+  })
   first, second = types.Segment(), types.Segment()
   first.append_forced([1, 5, 9], turn=0)
   first.append_sampled([3, 4], [-0.1, -2.5], [0.3, 1.1], turn=0)
@@ -31,15 +37,37 @@ def _trajectory(sample: int = 0) -> types.Trajectory:
   second.append_forced([1], turn=2)
   call = types.ToolCall('python', {'code': 'print(2+2)', 'nested': [1, {'x': None}]})
   bad = types.ToolCall('', {}, error='not JSON: expected a comma')
-  result = types.ToolResult((types.Part('text', '4\n</script>'), types.Part('image', _PNG)), seconds=0.25, cost=1.5)
-  failed = types.ToolResult((types.Part('text', 'timed out'),), ok=False, error='timeout', truncated=True)
-  return types.Trajectory(
-      task, sample, 'g7', seed=11, policy_version=3, path=(0, 2), parent_path=(0,), fork_point=5,
-      segments=[first, second],
-      turns=[types.Turn(0, 0, 3, 5, '<call>', 'stop', (call, bad), (result, failed)),
-             types.Turn(1, 0, 6, 7, '4', 'length')],
-      status=types.Status.TOOL_FAILURE, boundary=types.Boundary.TOOL, detail='the sandbox died', answer='4',
-      rewards={'total': 0.5, 'format': math.nan, 'bonus': -math.inf}, seconds=1.75)
+  result = types.ToolResult((types.Part('text', '4\n</script>'), types.Part('image', _PNG)),
+                            seconds=0.25,
+                            cost=1.5)
+  failed = types.ToolResult((types.Part('text', 'timed out'),),
+                            ok=False,
+                            error='timeout',
+                            truncated=True)
+  return types.Trajectory(task,
+                          sample,
+                          'g7',
+                          seed=11,
+                          policy_version=3,
+                          path=(0, 2),
+                          parent_path=(0,),
+                          fork_point=5,
+                          segments=[first, second],
+                          turns=[
+                              types.Turn(0, 0, 3, 5, '<call>', 'stop', (call, bad),
+                                         (result, failed)),
+                              types.Turn(1, 0, 6, 7, '4', 'length')
+                          ],
+                          status=types.Status.TOOL_FAILURE,
+                          boundary=types.Boundary.TOOL,
+                          detail='the sandbox died',
+                          answer='4',
+                          rewards={
+                              'total': 0.5,
+                              'format': math.nan,
+                              'bonus': -math.inf
+                          },
+                          seconds=1.75)
 
 
 def _assert_same(a: types.Trajectory, b: types.Trajectory):
@@ -58,15 +86,22 @@ def _assert_same(a: types.Trajectory, b: types.Trajectory):
 
 def test_everything_comes_back_exactly(tmp_path):
   written = [_trajectory(0), _trajectory(1)]
-  extra = {'advantages': [[np.array([0, math.nan], np.float32)], -1.5], 'baseline': np.float32(0.25), 'shape': (2, 3)}
+  extra = {
+      'advantages': [[np.array([0, math.nan], np.float32)], -1.5],
+      'baseline': np.float32(0.25),
+      'shape': (2, 3)
+  }
   path = store.TrajectoryStore(tmp_path, piece=lambda i: f'<{i}>').write(42, written, extra)
   stored = store.read(path)
   assert stored.step == 42
   for a, b in zip(stored.trajectories, written, strict=True):
     _assert_same(a, b)
-  np.testing.assert_array_equal(stored.extra['advantages'][0][0], extra['advantages'][0][0], strict=True)
+  np.testing.assert_array_equal(stored.extra['advantages'][0][0],
+                                extra['advantages'][0][0],
+                                strict=True)
   assert stored.extra['advantages'][1] == -1.5 and stored.extra['shape'] == (2, 3)
-  assert stored.extra['baseline'] == np.float32(0.25) and type(stored.extra['baseline']) is np.float32
+  assert stored.extra['baseline'] == np.float32(0.25) and type(
+      stored.extra['baseline']) is np.float32
   assert stored.pieces == {i: f'<{i}>' for i in (1, 2, 3, 4, 5, 8, 9)}  # The ids that occur above.
   assert stored.trajectories[0].task is stored.trajectories[1].task  # Stored once for the group.
 
@@ -75,8 +110,11 @@ _FLOATS = st.floats(-50, 0, width=32)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 2), st.lists(st.tuples(st.integers(0, 2**31 - 1), _FLOATS,
-                                                                               _FLOATS), max_size=5)), max_size=6))
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 2),
+                       st.lists(st.tuples(st.integers(0, 2**31 - 1), _FLOATS, _FLOATS),
+                                max_size=5)),
+             max_size=6))
 def test_any_log_of_appends_comes_back(tmp_path_factory, appends):
   segment = types.Segment()
   for sampled, turn, rows in appends:
@@ -90,13 +128,16 @@ def test_any_log_of_appends_comes_back(tmp_path_factory, appends):
   _assert_same(store.read(path).trajectories[0], trajectory)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
-                    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner)
-                    | st.dictionaries(st.text(max_size=8) | st.just('__kind__') | st.integers(), inner, max_size=3)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+        lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(
+            st.text(max_size=8) | st.just('__kind__') | st.integers(), inner, max_size=3)))
 @settings(max_examples=60, deadline=None)
 def test_any_extra_comes_back(tmp_path_factory, value):
   path = store.TrajectoryStore(tmp_path_factory.mktemp('store')).write(0, [], {'value': value})
-  assert repr(store.read(path).extra['value']) == repr(value)  # repr tells NaN, -0.0, tuples and lists apart.
+  assert repr(store.read(path).extra['value']) == repr(
+      value)  # repr tells NaN, -0.0, tuples and lists apart.
 
 
 def test_an_object_that_cannot_be_stored_does_not_end_the_run(tmp_path):

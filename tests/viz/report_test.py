@@ -59,7 +59,8 @@ def text(run_folder) -> str:
 def test_hostile_text_stays_text(text, hostile):
   page = Page(text)
   assert hostile in page.text  # Shown as it was, in the output of the tool and in the config.
-  assert [tag for tag, _ in page.tags].count('script') == 1 and 'img' not in [tag for tag, _ in page.tags]
+  assert [tag for tag, _ in page.tags
+         ].count('script') == 1 and 'img' not in [tag for tag, _ in page.tags]
   assert not [name for _, attrs in page.tags for name in attrs if name.startswith('on')]
 
 
@@ -84,8 +85,10 @@ def test_headline_metrics_come_first_and_the_rest_is_folded(text):
   rl = re.search(r'<h2>rl</h2>(.*?)<h2>', text, re.S).group(1)
   before, folded = rl.split('<details>')
   titles = lambda part: re.findall(r'<figcaption>(.*?)</figcaption>', part)
-  assert titles(before) == ['success', 'reward', 'loss', 'entropy (nats)', 'tool calls per task', 'failed call rate',
-                            'response tokens', 'KL to the behaviour policy', 'tokens per second', 'seconds by phase']
+  assert titles(before) == [
+      'success', 'reward', 'loss', 'entropy (nats)', 'tool calls per task', 'failed call rate',
+      'response tokens', 'KL to the behaviour policy', 'tokens per second', 'seconds by phase'
+  ]
   assert {'how trajectories end', 'grad norm', 'log prob gap max'} <= set(titles(folded))
 
 
@@ -101,7 +104,12 @@ def test_figures_of_the_summary_and_evaluations_are_shown(text):
 
 def test_tokens_carry_who_wrote_them_and_their_numbers(tmp_path):
   task = types.Task('t', 'math', (), 0)
-  trajectory = types.Trajectory(task, 0, 'g', 0, status=types.Status.FINISHED, rewards={'total': 1.0})
+  trajectory = types.Trajectory(task,
+                                0,
+                                'g',
+                                0,
+                                status=types.Status.FINISHED,
+                                rewards={'total': 1.0})
   segment = trajectory.segments[0]
   segment.append_forced([0, 1], 0)
   segment.append_sampled([2, 3], [-0.05, -5.0], [0.01, 2.0], 0)
@@ -113,9 +121,12 @@ def test_tokens_carry_who_wrote_them_and_their_numbers(tmp_path):
       0, [trajectory], {'advantages': [[np.array([9, 9, 1.0, -2.0, 9, 0.0])]]})
   rendered = samples.render_samples(tmp_path)
   tokens = [attrs for _, attrs in Page(rendered).tags if 't' in (attrs.get('class') or '').split()]
-  # Shades: advantages over the largest, 2, in quarters; log-prob and entropy by the edges in samples.py.
-  assert [attrs['class'].split()[1:] for attrs in tokens] == [
-      ['p', 'm'], ['p'], ['s', 'm', 'l0', 'e0', 'a2'], ['s', 'l4', 'e4', 'a-4'], ['o'], ['s', 'l2', 'e2', 'a0']]
+  # Shades: advantages over the largest, 2, in quarters; log-prob and entropy by the edges in
+  # samples.py.
+  assert [attrs['class'].split()[1:] for attrs in tokens] == [['p', 'm'], ['p'],
+                                                              ['s', 'm', 'l0', 'e0', 'a2'],
+                                                              ['s', 'l4', 'e4', 'a-4'], ['o'],
+                                                              ['s', 'l2', 'e2', 'a0']]
   assert 'advantage -2.000' in tokens[3]['data-i'] and 'log-prob -5.000' in tokens[3]['data-i']
   assert 'turn 0: stop' in rendered and 'turn 1: length' in rendered
 
@@ -132,7 +143,8 @@ def test_best_and_worst_of_first_middle_and_last_step_are_shown(run_folder, text
     assert shown[:2] == pytest.approx(rewards[-2:]) and shown[2:] == pytest.approx(rewards[:2])
 
 
-@pytest.mark.parametrize('missing', ['config.json', 'summary.json', 'metrics.jsonl', 'trajectories', None])
+@pytest.mark.parametrize('missing',
+                         ['config.json', 'summary.json', 'metrics.jsonl', 'trajectories', None])
 def test_a_run_that_is_not_finished_is_shown_as_far_as_it_went(tmp_path, run_folder, missing):
   folder = tmp_path / 'run'
   shutil.copytree(run_folder, folder)
@@ -148,14 +160,20 @@ def test_a_run_that_is_not_finished_is_shown_as_far_as_it_went(tmp_path, run_fol
     damaged.write_bytes(damaged.read_bytes()[:100])
   page = Page(report.write_report(folder).read_text(encoding='utf-8'))
   assert ('No metrics yet' in page.text) == (missing == 'metrics.jsonl')
-  assert len(page.with_class('note')) == (2 if missing is None else 0)  # The summary and the trajectory file.
+  assert len(page.with_class('note')) == (2 if missing is None else 0
+                                         )  # The summary and the trajectory file.
   assert len(page.with_class('traj')) == {'trajectories': 0, None: 8}.get(missing, 12)
 
 
 def test_any_names_of_metrics_and_stages_will_do(tmp_path):
   with writers.MetricsWriter(tmp_path, tensorboard=False) as writer:
     for step in range(5):
-      writer.write(step, '<odd>', {'a/b/c': step, 'no value': float('nan'), '<x>': -1e30, 'success/one': 0.5})
+      writer.write(step, '<odd>', {
+          'a/b/c': step,
+          'no value': float('nan'),
+          '<x>': -1e30,
+          'success/one': 0.5
+      })
   page = Page(report.render(tmp_path))
   assert '<odd>' in page.text and '<x>' in page.text
 
@@ -166,6 +184,9 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 
 
 def test_runs_from_the_command_line(run_folder):
-  done = subprocess.run([sys.executable, '-m', 'agentrl.viz.report', str(run_folder)], capture_output=True, text=True,
+  done = subprocess.run([sys.executable, '-m', 'agentrl.viz.report',
+                         str(run_folder)],
+                        capture_output=True,
+                        text=True,
                         timeout=60)
   assert done.returncode == 0 and done.stdout.strip() == str(run_folder / 'report.html')
