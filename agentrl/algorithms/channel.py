@@ -111,3 +111,26 @@ class Channel:
       raise ValueError("clip 'log_likelihood' reads no ratio and cannot go with ratio "
                        f"{self.ratio.name!r}, which would be without effect; take ratio 'off', or "
                        "clip 'none'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Regulariser:
+  """A term added to the policy loss.
+
+  Attributes:
+    name: In the metrics.
+    function: (PolicyOutputs, LossBatch) -> [B, T] float32, unscaled.
+    coefficient: Factor of the term, negative to maximise it; a number, or a function of the step.
+    aggregation: Weights of the token losses.
+    needs_values: Whether it reads values and returns.
+    needs_reference: Whether it reads reference log-probs.
+    needs_entropies: Whether it reads the policy's entropies.
+  """
+
+  name: str
+  function: Callable[..., Any]
+  coefficient: float | Schedule
+  aggregation: Choice
+  needs_values: bool = False
+  needs_reference: bool = False
+  needs_entropies: bool = False

@@ -70,7 +70,8 @@ def aggregation(name: str, **options) -> Choice:
   rule = _bind('aggregation', name, AGGREGATIONS.get(name), options)
   if name == 'sum_over_constant' and 'max_tokens' not in options:
     raise ValueError("aggregation 'sum_over_constant' cannot go without max_tokens, the most "
-                     "tokens a trajectory may sample; give it, or take aggregation 'seq_mean_tok_sum'")
+                     "tokens a trajectory may sample; give it, or take aggregation "
+                     "'seq_mean_tok_sum'")
   return Choice(name, rule)
 
 

@@ -70,7 +70,8 @@ class LossBatch(NamedTuple):
     advantages: [B, C, T] float32.
     token_weights: [B, C, T] float32. Channel c's loss is the sum of weight times token loss.
     regulariser_weights: [B, X, T] float32. The same for the regularisers, coefficients included.
-    row_share: [B] float32, 1 / B of the whole batch: denominator of metrics that are sums already.
+    row_share: [B] float32. 1 / rows that hold tokens, 0 for a row of padding: adds up to 1, so it is
+      the denominator of metrics that are sums already.
   """
 
   tokens: Any
@@ -215,15 +216,16 @@ class Objective:
     extra = [_scaled(r.aggregation, r.coefficient, batch, batch.weights, step)
              for r in self.regularisers]
     rows, length = batch.tokens.shape
-    empty = jnp.zeros((rows, 0, length), jnp.float32)
+    no_terms = jnp.zeros((rows, 0, length), jnp.float32)
+    filled = jnp.any(batch.segment_ids > 0, axis=1).astype(jnp.float32)
     shared = {f: getattr(batch, f) for f in LossBatch._fields if f in TrainBatch._fields}
     return LossBatch(**{
         **shared,
         'loss_mask': _kept(batch, batch.weights),
         'advantages': jnp.swapaxes(batch.advantages, 0, 1),
         'token_weights': jnp.stack(token_weights, axis=1),
-        'regulariser_weights': jnp.stack(extra, axis=1) if extra else empty,
-        'row_share': jnp.full((rows,), 1.0 / rows, jnp.float32),
+        'regulariser_weights': jnp.stack(extra, axis=1) if extra else no_terms,
+        'row_share': masked.safe_divide(filled, jnp.sum(filled)),
     })
 
   def prepare(self, batch: TrainBatch, step: Any = 0) -> LossBatch:
@@ -268,9 +270,8 @@ class Objective:
     given = {'values': self.needs_values, 'entropies': self.needs_entropies}
     for field, needed in given.items():
       if needed and getattr(outputs, field) is None:
-        raise ValueError(f'objective {self.name!r} reads {field},
-                         and the policy outputs have none; '
-                         'give them, or take the term that needs them out of the objective')
+        raise ValueError(f'objective {self.name!r} reads {field}, and the policy outputs have '
+                         'none; give them, or take the term that needs them out of the objective')
     present = [x for x in outputs if x is not None]
     chex.assert_shape(present, batch.loss_mask.shape)
     chex.assert_type(present, jnp.float32)
