@@ -8,6 +8,7 @@ from typing import Any, Mapping
 from agentrl.core import types
 from agentrl.envs import base
 from agentrl.tokens import formats
+from agentrl.tokens import tokenizer
 from agentrl.tools import base as tools_base
 from agentrl.tools import executor as executor_lib
 
@@ -23,7 +24,7 @@ class ToolEnvironment:
   def __init__(self, executor: executor_lib.Executor, call_format: formats.CallFormat, *,
                name: str = 'tools', max_turns: int = 8, max_calls: int = 16,
                max_repeats: int | None = 1, system_prompt: str | None = None,
-               end_markers: tuple[str, ...] = ()):
+               end_markers: tuple[str, ...] = (tokenizer.END,)):
     """Makes an environment.
 
     Args:

@@ -43,7 +43,7 @@ class CallFormat(Protocol):
     """
 
   def final_answer(self, text: str) -> str | None:
-    """Returns the text without markers and outer blanks, or None if it holds calls."""
+    """Returns the text without outer blanks, or None if it holds calls, malformed ones included."""
 
   def describe(self, tools: Sequence[Mapping[str, Any]]) -> str:
     """Returns how to call the tools, for a system message.
@@ -83,12 +83,6 @@ def _regions(text: str, tags: Sequence[str]) -> Iterator[_Region]:
       nested = f'</{tag}> inside <{opened}>' if closing else f'<{tag}> inside <{opened}>'
   if opened is not None:
     yield _Region(opened, error=nested or f'<{opened}> is not closed')
-
-
-def _without(text: str, markers: Sequence[str]) -> str:
-  for marker in markers:
-    text = text.replace(marker, '')
-  return text.strip()
 
 
 def _refuse_error(call: types.ToolCall):
@@ -142,7 +136,7 @@ class HermesFormat:
 
   def final_answer(self, text: str) -> str | None:
     """See CallFormat."""
-    return None if self.parse(text) else _without(text, self.markers)
+    return None if self.parse(text) else text.strip()
 
   def describe(self, tools: Sequence[Mapping[str, Any]]) -> str:
     """See CallFormat."""
@@ -243,7 +237,7 @@ class XmlFormat:
 
   def final_answer(self, text: str) -> str | None:
     """See CallFormat."""
-    return None if self.parse(text) else _without(text, self.markers)
+    return None if self.parse(text) else text.strip()
 
   def describe(self, tools: Sequence[Mapping[str, Any]]) -> str:
     """See CallFormat."""
