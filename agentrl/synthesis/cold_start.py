@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 
@@ -17,12 +17,12 @@ from agentrl.core import types
 from agentrl.rewards import reasoning_gym as rewards
 from agentrl.synthesis import cold_start_scripts as scripts
 from agentrl.tokens import chat
+from agentrl.tokens import formats
 from agentrl.tools import executor as executor_lib
 
 RIGHT_STRATEGIES: Mapping[str, float] = {'python': 0.7, 'calculator': 0.2, 'failed_then_right': 0.1}
 WRONG_STRATEGIES: Mapping[str, float] = {
     'wrong': 0.5, 'guess': 0.25, 'failed_then_wrong': 0.15, 'failed_then_guess': 0.1}
-_ARGUMENT = {'python': 'code', 'calculator': 'expression'}
 # Traces written at once: enough to keep every worker of the tools busy.
 _CONCURRENT = 64
 
@@ -44,17 +44,6 @@ class Trace:
   right: bool
 
 
-def xml_call(call: types.ToolCall) -> str:
-  """Returns a call of one argument as an XML tag.
-
-  Example:
-    >>> xml_call(types.ToolCall('python', {'code': '1+1'}))
-    '<python>1+1</python>'
-  """
-  (argument,) = call.arguments.values()
-  return f'<{call.name}>{argument}</{call.name}>'
-
-
 def make_traces(tasks: Sequence[types.Task], executor: executor_lib.Executor, *, seed: int,
                 **settings: Any) -> list[Trace]:
   """Returns one trace a task, as `write_traces` does; blocks. For callers without an event loop."""
@@ -65,7 +54,7 @@ async def write_traces(tasks: Sequence[types.Task], executor: executor_lib.Execu
                        share_right: float = 0.5,
                        right_strategies: Mapping[str, float] = RIGHT_STRATEGIES,
                        wrong_strategies: Mapping[str, float] = WRONG_STRATEGIES,
-                       write_call: Callable[[types.ToolCall], str] = xml_call) -> list[Trace]:
+                       call_format: formats.CallFormat | None = None) -> list[Trace]:
   """Returns one trace a task, in their order; the same tasks and seed give the same traces.
 
   Args:
@@ -75,15 +64,19 @@ async def write_traces(tasks: Sequence[types.Task], executor: executor_lib.Execu
     share_right: Probability that a trace is scripted to end in a right answer, in every family.
     right_strategies: Weights of the ways to a right answer; those a family lacks are left out.
     wrong_strategies: Weights of the others.
-    write_call: Renders a call in the call format of the run.
+    call_format: Of the run; None is XML tags for the executor's tools.
   Raises:
-    ValueError: if the share is outside [0, 1], or a task's family has no script.
+    ValueError: if the share is outside [0, 1], a task's family has no script or a tool is missing.
   """
   if not 0.0 <= share_right <= 1.0:
     raise ValueError(f'share_right must be in [0, 1], got {share_right}')
   strange = sorted({_family(task) for task in tasks} - set(scripts.SCRIPTS))
   if strange:
     raise ValueError(f'family {strange[0]!r} has no script; there are {sorted(scripts.SCRIPTS)}')
+  missing = sorted({'python', 'calculator'} - set(executor.tools))
+  if missing:
+    raise ValueError(f'the executor has no tool {missing[0]!r}; there are {sorted(executor.tools)}')
+  call_format = call_format or formats.xml_format(list(executor.tools.values()))
   answers: dict[str, list[str]] = {}
   for task in tasks:
     answers.setdefault(_family(task), []).append(task.ground_truth['answer'])
@@ -92,7 +85,7 @@ async def write_traces(tasks: Sequence[types.Task], executor: executor_lib.Execu
     task = tasks[index]
     rng = np.random.default_rng([seed, index])
     right = rng.random() < share_right
-    writer = _Writer(task, answers[_family(task)], executor.open(index), write_call, rng)
+    writer = _Writer(task, answers[_family(task)], executor, index, call_format, rng)
     return await writer.write(right_strategies if right else wrong_strategies)
 
   traces: list[Trace] = []
@@ -109,13 +102,14 @@ def _family(task: types.Task) -> str:
 class _Writer:
   """Writes one trace."""
 
-  def __init__(self, task: types.Task, answers: Sequence[str], session: executor_lib.ToolSession,
-               write_call: Callable[[types.ToolCall], str], rng: np.random.Generator):
+  def __init__(self, task: types.Task, answers: Sequence[str], executor: executor_lib.Executor, index: int,
+               call_format: formats.CallFormat, rng: np.random.Generator):
     self._task = task
     self._script = scripts.SCRIPTS[_family(task)](task.messages[-1].content)
     self._answers = answers
-    self._session = session
-    self._write_call = write_call
+    self._tools = executor.tools
+    self._session = executor.open(index)
+    self._call_format = call_format
     self._rng = rng
     self._messages = list(task.messages)
 
@@ -142,9 +136,10 @@ class _Writer:
     return names[self._rng.choice(len(names), p=weights / weights.sum())]
 
   async def _call(self, tool: str, code: str) -> str:
-    call = types.ToolCall(tool, {_ARGUMENT[tool]: code})
+    (argument,) = self._tools[tool].parameters['required']
+    call = types.ToolCall(tool, {argument: code})
     (result,) = await self._session.call([call])
-    self._messages += [types.Message('assistant', self._write_call(call)),
+    self._messages += [types.Message('assistant', self._call_format.render(call)),
                        types.Message('tool', result.text)]
     return result.text
 

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 from agentrl.core import types
 from agentrl.tokens import tokenizer as tokenizer_lib
+
+
+def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:
+  """Returns a one-line listing of tools: names and parameters, no prose.
+
+  Args:
+    tools: JSON schemas: {'name', 'parameters': {'properties': {...}}}.
+  Example:
+    >>> describe_tools([{'name': 'python', 'parameters': {'properties': {'code': {'type': 'string'}}}}])
+    'python(code)'
+  """
+  calls = []
+  for tool in tools:
+    properties = tool.get('parameters', {}).get('properties', {})
+    calls.append(f"{tool['name']}({', '.join(properties)})")
+  return '; '.join(calls)
 
 
 class ChatTemplate:
@@ -23,15 +39,18 @@ class ChatTemplate:
   messages only, and there only those of calls.
   """
 
-  def __init__(self, tokenizer: tokenizer_lib.Tokenizer, call_ends: Sequence[str] = ()):
+  def __init__(self, tokenizer: tokenizer_lib.Tokenizer, call_ends: Sequence[str] = (), *,
+               describe: Callable[[Sequence[Mapping[str, Any]]], str] = describe_tools):
     """Binds a tokenizer.
 
     Args:
       tokenizer: Of the policy.
-      call_ends: Strings that close a call and with it the turn, such as '</python>'.
+      call_ends: Strings that close a call and with it the turn, such as '</python>': a call format's `stops`.
+      describe: Words the system message about tools; a call format's `describe` says more.
     """
     self.tokenizer = tokenizer
     self._call_ends = tuple(call_ends)
+    self._describe = describe
     # Without role markers and the end marker, content cannot leave its message.
     structural = {tokenizer_lib.role_marker(role) for role in tokenizer_lib.ROLES} | {tokenizer_lib.END}
     self._call_markers = frozenset(m for m in tokenizer.markers if m not in structural)
@@ -51,7 +70,7 @@ class ChatTemplate:
     """
     ids = []
     if tools:
-      ids += self._message(types.Message('system', describe_tools(tools)))
+      ids += self._message(types.Message('system', self._describe(tools)))
     for message in messages:
       ids += self._message(message)
     if add_generation_prompt:
@@ -94,19 +113,3 @@ class ChatTemplate:
 
   def _ends_in_call(self, content: str) -> bool:
     return bool(self._call_ends) and content.endswith(self._call_ends)
-
-
-def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:
-  """Returns a one-line listing of tools: names and parameters, no prose.
-
-  Args:
-    tools: JSON schemas: {'name', 'parameters': {'properties': {...}}}.
-  Example:
-    >>> describe_tools([{'name': 'python', 'parameters': {'properties': {'code': {'type': 'string'}}}}])
-    'python(code)'
-  """
-  calls = []
-  for tool in tools:
-    properties = tool.get('parameters', {}).get('properties', {})
-    calls.append(f"{tool['name']}({', '.join(properties)})")
-  return '; '.join(calls)
