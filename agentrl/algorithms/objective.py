@@ -70,8 +70,8 @@ class LossBatch(NamedTuple):
     advantages: [B, C, T] float32.
     token_weights: [B, C, T] float32. Channel c's loss is the sum of weight times token loss.
     regulariser_weights: [B, X, T] float32. The same for the regularisers, coefficients included.
-    row_share: [B] float32. 1 / rows that hold tokens, 0 for a row of padding: adds up to 1, so it is
-      the denominator of metrics that are sums already.
+    row_share: [B] float32. 1 / rows that hold tokens, 0 for a row of padding. Adds up to 1, so it
+      is the denominator of metrics that are sums already.
   """
 
   tokens: Any
@@ -218,7 +218,7 @@ class Objective:
     rows, length = batch.tokens.shape
     no_terms = jnp.zeros((rows, 0, length), jnp.float32)
     filled = jnp.any(batch.segment_ids > 0, axis=1).astype(jnp.float32)
-    shared = {f: getattr(batch, f) for f in LossBatch._fields if f in TrainBatch._fields}
+    shared = {k: v for k, v in batch._asdict().items() if k in LossBatch._fields}
     return LossBatch(**{
         **shared,
         'loss_mask': _kept(batch, batch.weights),
@@ -242,8 +242,7 @@ class Objective:
     Returns:
       A float32 scalar to be minimised, summing over all rows' parts to the loss of the batch; and
       metrics: 'loss/<term>' with the term's weight included, the token mean of each regulariser
-        under
-      its own name, and per channel the ratio, the fractions clipped and the advantages.
+      under its own name, and per channel the ratio, the fractions clipped and the advantages.
     Raises:
       ValueError: if the outputs lack something that a term needs.
       AssertionError: at trace time, if ranks, shapes or dtypes differ.
@@ -269,7 +268,7 @@ class Objective:
   def _check_outputs(self, outputs, batch):
     given = {'values': self.needs_values, 'entropies': self.needs_entropies}
     for field, needed in given.items():
-      if needed and getattr(outputs, field) is None:
+      if needed and outputs._asdict()[field] is None:
         raise ValueError(f'objective {self.name!r} reads {field}, and the policy outputs have '
                          'none; give them, or take the term that needs them out of the objective')
     present = [x for x in outputs if x is not None]
@@ -278,8 +277,7 @@ class Objective:
 
 
 def split_rows(batch: LossBatch, num_parts: int) -> LossBatch:
-  """Returns the batch cut into micro-batches, for a scan: every leaf [num_parts, B / num_parts,
-  ...].
+  """Returns the batch cut into micro-batches: every leaf [num_parts, B / num_parts, ...].
 
   Part p takes the rows p, p + num_parts, ...: a batch sharded by rows is cut without moving rows
   between devices.
