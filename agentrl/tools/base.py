@@ -69,7 +69,7 @@ class Tool(abc.ABC):
     """Frees what the state holds."""
 
   def shutdown(self) -> None:
-    """Frees what all states share (processes, threads). A later call starts afresh; may block 2 s."""
+    """Frees what all states share (processes, threads). A later call starts afresh."""
 
 
 def make(name: str, **kwargs: Any) -> Tool:
@@ -102,7 +102,7 @@ def failure(kind: str, text: str, **fields: Any) -> types.ToolResult:
 
 
 def worded(error: BaseException) -> str:
-  """Returns an exception in one short line, as Python ends a traceback: 'ValueError: no such key'."""
+  """Returns an exception in one short line, as a traceback ends: 'ValueError: no such key'."""
   text = str(error)[:300].strip()
   line = text.splitlines()[0] if text else ''
   return f'{type(error).__name__}: {line}' if line else type(error).__name__

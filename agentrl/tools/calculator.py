@@ -86,7 +86,7 @@ def _checked(value: Any) -> int | float:
 
 
 def written(value: int | float) -> str:
-  """Returns a number as a person would write it: at most 12 digits of a float, whole ones without '.0'.
+  """Returns a number as a person writes it: at most 12 digits of a float, no '.0' at the end.
 
   Example:
     >>> written(6 / 2), written(0.1 + 0.2), written(1 / 3)
@@ -103,7 +103,8 @@ class Calculator(base.Tool):
   description = 'Evaluates an arithmetic expression.'
   parameters = {
       'type': 'object',
-      'properties': {'expression': {'type': 'string', 'description': f'Numbers, {_OPERATORS}, ().'}},
+      'properties': {
+          'expression': {'type': 'string', 'description': f'Numbers, {_OPERATORS}, ().'}},
       'required': ['expression'],
       'additionalProperties': False,
   }

@@ -114,8 +114,8 @@ class ToolSession:
 class Executor:
   """Runs the calls of many trajectories on a set of tools.
 
-  Belongs to no event loop and may serve one after another; use it from one thread at a time. Leaving
-  the context shuts the tools down.
+  Belongs to no event loop and may serve one after another; use it from one thread at a time.
+  Leaving the context shuts the tools down.
 
       with Executor([tool]) as executor:
         session = executor.open(seed=0)

@@ -19,11 +19,14 @@ FORMATS = [XML, HERMES, FENCED]
 
 # Text that is likely to hold what the formats themselves are made of.
 PIECES = ['<', '>', '/', '"', "'", '\\', '{', '}', '\n', '\r', ' ', '`', '``', '```', 'python',
-          '<python>', '</python>', '<calculator>', '<tool_call>', '</tool_call>', 'é', '\x00', '\u2028']
+          '<python>', '</python>', '<calculator>', '<tool_call>', '</tool_call>', 'é', '\x00',
+          '\u2028']
 TEXT = st.lists(st.sampled_from(PIECES) | st.text(max_size=5)).map(''.join)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=8)
+    st.none() | st.booleans() | st.integers() | TEXT
+    | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8)
 
 
 @hypothesis.given(name=TEXT.filter(bool), arguments=st.dictionaries(TEXT, JSON, max_size=3))
@@ -151,8 +154,8 @@ def test_a_malformed_call_and_a_parallel_format(call_format):
 
 
 def test_xml_refuses_what_is_not_one_string():
-  for call in (ToolCall('python', {'code': 1}), ToolCall('python', {}), ToolCall('other', {'x': 'y'}),
-               ToolCall('python', {'code': 'a', 'more': 'b'})):
+  for call in (ToolCall('python', {'code': 1}), ToolCall('python', {}),
+               ToolCall('other', {'x': 'y'}), ToolCall('python', {'code': 'a', 'more': 'b'})):
     with pytest.raises(ValueError, match='not one string'):
       XML.render(call)
 

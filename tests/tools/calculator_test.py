@@ -1,4 +1,4 @@
-"""Tests of the calculator. Python itself is the oracle for values; refusals follow from the limits."""
+"""Tests of the calculator. Python is the oracle for values; refusals follow from the limits."""
 
 from __future__ import annotations
 

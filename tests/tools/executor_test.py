@@ -51,7 +51,8 @@ def test_results_are_in_the_order_of_the_calls_whatever_the_delays():
   delays = [i / 100 for i in range(20)]
   random.Random(0).shuffle(delays)
   with asynchronous() as executor:
-    results = run(executor, *[('wait', {'seconds': d, 'answer': str(i)}) for i, d in enumerate(delays)])
+    results = run(executor, *[('wait', {'seconds': d, 'answer': str(i)})
+                              for i, d in enumerate(delays)])
   assert [r.text for r in results] == [str(i) for i in range(20)]
   assert all(r.ok for r in results)
 
@@ -71,19 +72,19 @@ def test_concurrency_is_limited_and_waiting_does_not_count_against_the_timeout()
     nonlocal running, most
     running += 1
     most = max(most, running)
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.1)
     running -= 1
     return ''
 
-  limits = tools.Limits(concurrency=3, timeout=0.3)
+  limits = tools.Limits(concurrency=3, timeout=0.8)
   with tools.Executor([tools.function_tool(count)], limits=limits) as executor:
-    results = run(executor, *[('count', {})] * 30)  # 10 rounds of 0.05 s, above the timeout.
+    results = run(executor, *[('count', {})] * 30)  # 10 rounds of 0.1 s, above the timeout.
   assert most == 3
   assert all(r.ok for r in results)
 
 
 def test_failures_are_results():
-  with asynchronous(limits=tools.Limits(timeout=0.1, output=100)) as executor:
+  with asynchronous(limits=tools.Limits(timeout=0.5, output=100)) as executor:
     results = run(
         executor,
         ('fail', {'message': 'no such key'}),
@@ -97,7 +98,7 @@ def test_failures_are_results():
   assert [r.error for r in results] == ['raised', 'timeout', None, 'unknown_tool', 'malformed',
                                         'malformed', 'malformed']
   assert [r.text for r in results] == [
-      'error: ValueError: no such key', 'error: no result after 0.1 s',
+      'error: ValueError: no such key', 'error: no result after 0.5 s',
       'a' * 100 + '... [output cut]', "error: unknown tool 'fial', known: fail, flood, wait",
       "error: argument 'seconds' must be number, got 'long'", 'error: <wait> is not closed',
       'error: invalid JSON']
@@ -106,7 +107,7 @@ def test_failures_are_results():
   assert dict(stats['fail'].failures) == {'raised': 1}
   assert (stats['flood'].failures.total(), stats['flood'].truncated) == (0, 1)
   assert dict(stats['(unknown)'].failures) == {'unknown_tool': 1, 'malformed': 1}
-  assert stats['wait'].seconds >= 0.1
+  assert stats['wait'].seconds >= 0.5
   assert executor.take_stats()['wait'].calls == 0
 
 
@@ -222,7 +223,8 @@ class Counter(base.Tool):
 
   async def call(self, state, arguments):
     total = state[0] + arguments['n']
-    await asyncio.sleep(0.01 / (1 + arguments['n']))  # Later calls are quicker: order must not be theirs.
+    # Later calls are quicker: the order must not be theirs.
+    await asyncio.sleep(0.01 / (1 + arguments['n']))
     state[0] = total
     return base.success(str(total))
 
@@ -304,7 +306,8 @@ def test_cut_keeps_images_and_what_went_wrong():
   image = Part('image', b'png')
   shown = base.cut(ToolResult((Part('text', 'abc'), image, Part('text', 'def'))), 4)
   assert shown.text == 'abc[image]d... [output cut]'
-  failed = ToolResult((Part('text', 'x' * 100), Part('text', 'error: no')), ok=False, error='raised')
+  failed = ToolResult((Part('text', 'x' * 100), Part('text', 'error: no')), ok=False,
+                      error='raised')
   assert base.cut(failed, 12).text == 'xxx... [output cut]error: no'
   whole = ToolResult((Part('text', 'abc'),))
   assert base.cut(whole, 3) is whole
@@ -362,7 +365,8 @@ def test_blocking_functions_that_fail_are_results_and_the_next_call_works():
       ('crash', 'error: tool crashed (exit code 3)'), ('raised', 'error: MemoryError'),
       ('raised', 'error: SystemExit: bye')]
   assert bad[3].truncated and bad[3].text == 'a' * 4096 + '... [output cut]'
-  assert [r.text for r in good] == ['2', '6', 'awake', 'error: tool crashed (exit code 4)', '0', 'a']
+  assert [r.text for r in good] == [
+      '2', '6', 'awake', 'error: tool crashed (exit code 4)', '0', 'a']
 
 
 def test_a_function_that_hangs_is_killed_and_its_only_slot_is_free_again():

@@ -11,7 +11,8 @@ from agentrl.tools import schema
 
 
 def search(query: str, limit: int = 3, mode: Literal['fast', 'exact'] = 'fast',
-           tags: list[str] | None = None, weights: Optional[dict[str, float]] = None, extra: Any = None):
+           tags: list[str] | None = None, weights: Optional[dict[str, float]] = None,
+           extra: Any = None):
   """Searches
   the index.
 
@@ -64,15 +65,16 @@ def test_arguments_that_fit(arguments):
     ({'query': 'x', 'limit': True}, "argument 'limit' must be integer, got true"),
     ({'query': 'x', 'mode': 'slow'}, "argument 'mode' must be 'fast' or 'exact', got 'slow'"),
     ({'query': 'x', 'tags': 'a'}, "argument 'tags' must be array or null, got 'a'"),
-    ({'query': 'x', 'nope': 1}, "unknown argument 'nope', expected: query, limit, mode, tags, weights, "
-                                'extra'),
+    ({'query': 'x', 'nope': 1},
+     "unknown argument 'nope', expected: query, limit, mode, tags, weights, extra"),
 ])
 def test_arguments_that_do_not_fit(arguments, expected):
   assert schema.problem(arguments, schema.from_function(search)[1]) == expected
 
 
 def test_what_the_policy_wrote_is_shown_cut():
-  message = schema.problem({'x' * 500: 'y' * 500}, {'type': 'object', 'additionalProperties': False})
+  closed = {'type': 'object', 'additionalProperties': False}
+  message = schema.problem({'x' * 500: 'y' * 500}, closed)
   assert len(message) < 100
 
 
