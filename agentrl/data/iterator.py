@@ -14,9 +14,9 @@ from agentrl.data import base
 class TaskIterator:
   """Batches of tasks in an order that is a function of (seed, epoch) only.
 
-  It holds no position: `next` takes a state and returns the next one. A state is a small JSON object.
-  Every epoch is a new permutation; its last len(source) % batch tasks are left out, so that a batch
-  never holds a task twice.
+  It holds no position: `next` takes a state and returns the next one. A state is a small JSON
+  object. Every epoch is a new permutation; its last len(source) % batch tasks are left out, so that
+  a batch never holds a task twice.
 
   Example:
     >>> iterator = TaskIterator(source=list('abcd'), batch=2, seed=0)
@@ -37,7 +37,8 @@ class TaskIterator:
       ValueError: if the batch is not positive or larger than the source.
     """
     if not 1 <= batch <= len(source):
-      raise ValueError(f'batch must be between 1 and the {len(source)} tasks of the source, got {batch}')
+      raise ValueError(
+          f'batch must be between 1 and the {len(source)} tasks of the source, got {batch}')
     self._source = source
     self._batch = batch
     self._seed = seed
@@ -72,11 +73,13 @@ class TaskIterator:
     """
     expected = self.start()
     if set(state) != set(expected) or not all(isinstance(v, int) for v in state.values()):
-      raise ValueError(f'no state of a task iterator: {state!r}; expected integers {sorted(expected)}')
+      raise ValueError(
+          f'no state of a task iterator: {state!r}; expected integers {sorted(expected)}')
     for key in ('seed', 'size'):
       if state[key] != expected[key]:
-        raise ValueError(f'the state was written for {key} {state[key]}, here it is {expected[key]}: '
-                         'go on with the same data and seed, or start a new run')
+        raise ValueError(
+            f'the state was written for {key} {state[key]}, here it is {expected[key]}: '
+            'go on with the same data and seed, or start a new run')
     if state['epoch'] < 0 or not 0 <= state['position'] <= expected['size']:
       raise ValueError(f'state out of range: {state!r}')
     return dict(state)

@@ -13,8 +13,8 @@ from agentrl.data import base
 class JsonlSource:
   """Tasks of one file, a JSON object a line.
 
-  Keys: `question` (str) or `messages` (list of {role, content}), `answer` (anything); optional are `id`
-  (str, the line number otherwise), `environment` (str) and `metadata` (object).
+  Keys: `question` (str) or `messages` (list of {role, content}), `answer` (anything); optional are
+  `id` (str, the line number otherwise), `environment` (str) and `metadata` (object).
 
   Example:
     >>> import tempfile
@@ -43,7 +43,8 @@ class JsonlSource:
           continue
         task = _parse_line(line, number, path, environment)
         if task.id in seen:
-          raise base.DataError(f"{path}:{number}: key 'id': {task.id!r} is taken by line {seen[task.id]}")
+          raise base.DataError(
+              f"{path}:{number}: key 'id': {task.id!r} is taken by line {seen[task.id]}")
         seen[task.id] = number
         self._tasks.append(task)
     if not self._tasks:
@@ -68,7 +69,8 @@ def _parse_line(line: str, number: int, path: str, environment: str) -> types.Ta
   if unknown:
     raise base.DataError(f'{where}: key {sorted(unknown)[0]!r} is unknown')
   if ('question' in row) == ('messages' in row):
-    raise base.DataError(f"{where}: key 'question' or key 'messages' is needed, and only one of them")
+    raise base.DataError(
+        f"{where}: key 'question' or key 'messages' is needed, and only one of them")
   if 'answer' not in row:
     raise base.DataError(f"{where}: key 'answer' is missing")
   if 'question' in row:
@@ -89,7 +91,8 @@ def _parse_messages(rows: list[Any], where: str) -> tuple[types.Message, ...]:
   for i, row in enumerate(rows):
     if not isinstance(row, dict) or set(row) != {'role', 'content'} or not all(
         isinstance(v, str) for v in row.values()):
-      raise base.DataError(f"{where}: key 'messages[{i}]': expected {{role, content}} of strings, got {row!r}")
+      raise base.DataError(
+          f"{where}: key 'messages[{i}]': expected {{role, content}} of strings, got {row!r}")
     if row['role'] not in ('system', 'user', 'assistant', 'tool'):
       raise base.DataError(f"{where}: key 'messages[{i}].role': unknown role {row['role']!r}")
   return tuple(types.Message(row['role'], row['content']) for row in rows)
@@ -99,5 +102,6 @@ def _expect(row: dict[str, Any], key: str, kind: type, where: str, default: Any 
   if key not in row and default is not None:
     return default
   if not isinstance(row[key], kind):
-    raise base.DataError(f'{where}: key {key!r}: expected {kind.__name__}, got {type(row[key]).__name__}')
+    raise base.DataError(
+        f'{where}: key {key!r}: expected {kind.__name__}, got {type(row[key]).__name__}')
   return row[key]

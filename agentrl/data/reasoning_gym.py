@@ -20,8 +20,8 @@ import tensorflow_datasets as tfds
 from agentrl.core import types
 from agentrl.data import base
 
-# Short prompts whose answer is one expression away; settings are reasoning-gym's own. (Without parentheses
-# its basic_arithmetic ignores precedence: '57 - 3 * 53' is 2862 there.)
+# Short prompts whose answer is one expression away; settings are reasoning-gym's own. (Without
+# parentheses its basic_arithmetic ignores precedence: '57 - 3 * 53' is 2862 there.)
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     'basic_arithmetic': dict(min_terms=2, max_terms=3, min_digits=1, max_digits=2,
                              operators=['+', '-', '*'], allow_negation=False),
@@ -60,7 +60,8 @@ class ReasoningGym(tfds.core.GeneratorBasedBuilder):
     self._seed = seed
     recipe = json.dumps([self._families, sorted(self._per_family.items()), seed])
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
-    folder = os.path.join(os.path.abspath(os.path.expanduser(data_dir)), f'families{len(families)}_{digest}')
+    folder = os.path.join(os.path.abspath(os.path.expanduser(data_dir)),
+                          f'families{len(families)}_{digest}')
     super().__init__(data_dir=folder, file_format='array_record')
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -80,9 +81,11 @@ class ReasoningGym(tfds.core.GeneratorBasedBuilder):
       for split, count in sorted(self._per_family.items(), key=lambda item: item[1]):
         new = list(itertools.islice(stream, count))
         if not new and count:
-          raise base.DataError(f'{family} with {settings} has no questions left for split {split!r}')
+          raise base.DataError(
+              f'{family} with {settings} has no questions left for split {split!r}')
         if len(new) < count:
-          logging.warning('%s has %d questions for split %s, not %d', family, len(new), split, count)
+          logging.warning('%s has %d questions for split %s, not %d', family, len(new), split,
+                          count)
         rows[split] += new
     # Before anything is written: what is on disk has passed.
     check_disjoint(*([row['question'] for row in examples] for examples in rows.values()))
@@ -96,13 +99,14 @@ class ReasoningGym(tfds.core.GeneratorBasedBuilder):
 
 
 def _stream_seed(family: str, seed: int) -> int:
-  # reasoning-gym makes question i of a stream from seed + i: near seeds would share all but a few questions.
+  # reasoning-gym makes question i of a stream from seed + i: near seeds would share all but a few
+  # questions.
   return int.from_bytes(hashlib.sha256(f'{seed}/{family}'.encode()).digest()[:4], 'big') >> 1
 
 
 def _distinct_entries(family: str, settings: Mapping[str, Any], seed: int,
                       taken: set[str]) -> Iterator[dict[str, str]]:
-  """Yields rows whose questions are not in `taken`, adding them; ends when new ones have become rare."""
+  """Yields rows whose questions are not in `taken`, adds them, and ends when new ones are rare."""
   dataset = factory.create_dataset(family, seed=seed, size=sys.maxsize, **settings)
   failures, index = 0, 0
   while failures < 1_000:
@@ -130,7 +134,8 @@ class ReasoningGymSource:
   A ground truth is {'family', 'question', 'answer', 'metadata'}: an entry of reasoning-gym.
   """
 
-  def __init__(self, split: str, data_dir: str, *, families: Mapping[str, Mapping[str, Any]] | None = None,
+  def __init__(self, split: str, data_dir: str, *,
+               families: Mapping[str, Mapping[str, Any]] | None = None,
                train_per_family: int = 2_000, test_per_family: int = 100, seed: int = 0,
                environment: str = 'tools'):
     """Opens the split; blocks while the questions are generated if they are not on disk.
@@ -155,7 +160,8 @@ class ReasoningGymSource:
       raise ValueError(f'unknown split {split!r}; known: {sorted(per_family)}')
     unknown = sorted(set(families) - set(factory.DATASETS))
     if unknown:
-      raise ValueError(f'reasoning-gym has no family {unknown[0]!r}; known: {sorted(factory.DATASETS)}')
+      raise ValueError(
+          f'reasoning-gym has no family {unknown[0]!r}; known: {sorted(factory.DATASETS)}')
     make_builder = functools.partial(
         ReasoningGym, families=families, per_family=per_family, seed=seed, data_dir=data_dir)
     _prepare(make_builder())
@@ -206,5 +212,6 @@ def check_disjoint(*splits: Sequence[str]):
   for number, questions in enumerate(splits):
     for question in questions:
       if question in seen:
-        raise base.DataError(f'question {question!r} is in split {seen[question]} and in split {number}')
+        raise base.DataError(
+            f'question {question!r} is in split {seen[question]} and in split {number}')
       seen[question] = number

@@ -28,13 +28,13 @@ class Format:
 
   def __call__(self, task: types.Task, trajectory: types.Trajectory) -> Mapping[str, float]:
     del task
-    answered = trajectory.status == types.Status.FINISHED and bool((trajectory.answer or '').strip())
-    return {'format': float(answered)}
+    finished = trajectory.status == types.Status.FINISHED
+    return {'format': float(finished and bool((trajectory.answer or '').strip()))}
 
 
 @dataclasses.dataclass(frozen=True)
 class Calls:
-  """Parts 'calls' and 'failed_calls': how many there were. A negative weight makes them penalties."""
+  """Parts 'calls' and 'failed_calls': how many there were. Negative weights make them penalties."""
 
   names: tuple[str, ...] = ('calls', 'failed_calls')
 

@@ -58,7 +58,8 @@ def score_answer(answer: str | None, entry: Mapping[str, Any]) -> Verdict:
     score = float(verifier.score_answer(answer.strip(), entry))
   except Exception as error:  # pylint: disable=broad-except
     # The boundary to verifiers that are not ours: some raise on answers they cannot parse.
-    logging.log_first_n(logging.WARNING, 'reasoning-gym raised on answer %r: %r', 10, answer[:80], error)
+    logging.log_first_n(logging.WARNING, 'reasoning-gym raised on answer %r: %r', 10, answer[:80],
+                        error)
     return Verdict(0.0, error=repr(error))
   return Verdict(score if math.isfinite(score) else 0.0)
 
@@ -89,7 +90,8 @@ def make_reward(weights: Mapping[str, float] | None = None) -> base.Reward:
   """Returns the reward of tool-using reasoning-gym tasks.
 
   Args:
-    weights: By part: 'accuracy', 'success', 'format', 'calls', 'failed_calls'; None is 1 for accuracy.
+    weights: By part: 'accuracy', 'success', 'format', 'calls', 'failed_calls'; None is 1 for
+      accuracy.
   Raises:
     ValueError: if a part is unknown.
   """

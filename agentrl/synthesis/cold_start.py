@@ -1,8 +1,8 @@
-"""Scripted conversations that teach the protocol of calls, and of the tasks only as much as that needs.
+"""Scripted conversations that teach the protocol of calls, and as little of the tasks as they can.
 
-Every family has several strategies, among them wrong expressions, failing calls and guesses. What the tools
-say is what they really said. How many traces end in a right answer is the caller's choice, so that
-reinforcement learning has something to sharpen and something to forget.
+Every family has several strategies, among them wrong expressions, failing calls and guesses. What
+the tools say is what they really said. How many traces end in a right answer is the caller's
+choice, so that reinforcement learning has something to sharpen and something to forget.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _family(task: types.Task) -> str:
 class _Writer:
   """Writes one trace."""
 
-  def __init__(self, task: types.Task, answers: Sequence[str], executor: executor_lib.Executor, index: int,
-               call_format: formats.CallFormat, rng: np.random.Generator):
+  def __init__(self, task: types.Task, answers: Sequence[str], executor: executor_lib.Executor,
+               index: int, call_format: formats.CallFormat, rng: np.random.Generator):
     self._task = task
     self._script = scripts.SCRIPTS[_family(task)](task.messages[-1].content)
     self._answers = answers
@@ -131,7 +131,7 @@ class _Writer:
     return Trace(self._task, tuple(self._messages), strategy, self._is_right(answer))
 
   def _choose(self, strategies: Mapping[str, float]) -> str:
-    names = [name for name in strategies if name != 'calculator' or self._script.calculator is not None]
+    names = [n for n in strategies if n != 'calculator' or self._script.calculator is not None]
     weights = np.array([strategies[name] for name in names])
     return names[self._rng.choice(len(names), p=weights / weights.sum())]
 
@@ -144,7 +144,7 @@ class _Writer:
     return result.text
 
   async def _call_wrong(self) -> str:
-    # A wrong expression may hit the answer by luck: then the next one is tried, and the last one stays.
+    # A wrong expression may hit the answer by luck: then the next one is tried.
     before = list(self._messages)
     for i in self._rng.permutation(len(self._script.wrong)):
       self._messages = list(before)
@@ -165,7 +165,7 @@ class _Writer:
 
 
 def corpus(traces: Sequence[Trace], tools: Sequence[Mapping[str, Any]] = ()) -> list[str]:
-  """Returns the texts that a tokenizer for these traces is trained on, each as often as it is rendered."""
+  """Returns the texts to train a tokenizer on, each as often as the traces render it."""
   system = [chat.describe_tools(tools)] if tools else []
   return [text for trace in traces for text in (*system, *(m.content for m in trace.messages))]
 

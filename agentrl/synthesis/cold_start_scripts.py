@@ -1,7 +1,7 @@
 """What the cold start writes for each family: expressions that are right, wrong or failing.
 
-Each script reads a question and quotes its numbers and words as they stand there, so that writing the call
-is copying.
+Each script reads a question and quotes its numbers and words as they stand there, so that writing
+the call is copying.
 """
 
 from __future__ import annotations
@@ -76,36 +76,45 @@ def _count_primes(question: str) -> Script:
 def _fraction_simplification(question: str) -> Script:
   a, b = _match(r'fraction (\d+)/(\d+) ', question)
   names = f'a,b={a},{b};'
-  return Script(right=names + 'f"{a//gcd(a,b)}/{b//gcd(a,b)}"',
-                wrong=[names + 'f"{a//2}/{b//2}"', names + 'f"{a//gcd(a,b)}/{b}"', names + 'f"{a}/{b}"'],
-                failing=[f'simplify({a}/{b})', f'Fraction({a},{b})'], copied=[a, b])
+  return Script(
+      right=names + 'f"{a//gcd(a,b)}/{b//gcd(a,b)}"',
+      wrong=[names + 'f"{a//2}/{b//2}"', names + 'f"{a//gcd(a,b)}/{b}"', names + 'f"{a}/{b}"'],
+      failing=[f'simplify({a}/{b})', f'Fraction({a},{b})'],
+      copied=[a, b])
 
 
 def _gcd(question: str) -> Script:
   (numbers,) = _match(r'numbers: ([\d, ]*\d)', question)
   first, *_ = numbers.split(', ')
-  return Script(right=f'gcd({numbers})', wrong=[f'max({numbers})', f'min({numbers})', f'lcm({numbers})'],
-                failing=[f'hcf({numbers})', f'divisor({numbers})'], copied=[numbers, first])
+  return Script(right=f'gcd({numbers})',
+                wrong=[f'max({numbers})', f'min({numbers})', f'lcm({numbers})'],
+                failing=[f'hcf({numbers})', f'divisor({numbers})'],
+                copied=[numbers, first])
 
 
 def _lcm(question: str) -> Script:
   (numbers,) = _match(r'numbers: ([\d, ]*\d)', question)
   first, *_ = numbers.split(', ')
-  return Script(right=f'lcm({numbers})', wrong=[f'max({numbers})', f'min({numbers})', f'gcd({numbers})'],
-                failing=[f'lowest({numbers})', f'multiple({numbers})'], copied=[numbers, first])
+  return Script(right=f'lcm({numbers})',
+                wrong=[f'max({numbers})', f'min({numbers})', f'gcd({numbers})'],
+                failing=[f'lowest({numbers})', f'multiple({numbers})'],
+                copied=[numbers, first])
 
 
 def _letter_counting(question: str) -> Script:
   letter, text = _match(r'letter ("[^"]*") appear in the text: ("[^"]*")', question)
   return Script(right=f'{text}.lower().count({letter})',
                 wrong=[f'len({text})', f'{text}.find({letter})', f'{text}.split().count({letter})'],
-                failing=[f'count({text}, {letter})', f'letters({text}, {letter})'], copied=[text, letter])
+                failing=[f'count({text}, {letter})', f'letters({text}, {letter})'],
+                copied=[text, letter])
 
 
 def _spell_backward(question: str) -> Script:
   (word,) = _match(r'nus\): (\w+)', question)
-  return Script(right=f'"{word}"[::-1]', wrong=[f'"{word}".upper()', f'"{word}"[1:]', f'"{word}"[::2]'],
-                failing=[f'reverse("{word}")', f'backward("{word}")'], copied=[word])
+  return Script(right=f'"{word}"[::-1]',
+                wrong=[f'"{word}".upper()', f'"{word}"[1:]', f'"{word}"[::2]'],
+                failing=[f'reverse("{word}")', f'backward("{word}")'],
+                copied=[word])
 
 
 SCRIPTS: Mapping[str, Callable[[str], Script]] = {

@@ -14,7 +14,7 @@ def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:
   Args:
     tools: JSON schemas: {'name', 'parameters': {'properties': {...}}}.
   Example:
-    >>> describe_tools([{'name': 'python', 'parameters': {'properties': {'code': {'type': 'string'}}}}])
+    >>> describe_tools([{'name': 'python', 'parameters': {'properties': {'code': {}}}}])
     'python(code)'
   """
   calls = []
@@ -29,14 +29,16 @@ class ChatTemplate:
 
       render(a + b) == render(a) + render(b)
 
-  A message is its role marker, its content and the end marker:
+  A message is its role marker, its content and the end marker (without the line breaks):
 
-      <|system|>python(code)<|end|><|user|>2 + 2?<|end|><|assistant|><python>2+2</python><|tool|>4<|end|>
+      <|system|>python(code)<|end|>
+      <|user|>2 + 2?<|end|>
+      <|assistant|><python>2+2</python><|tool|>4<|end|>
       <|assistant|>4<|end|>
 
-  An assistant message that ends in a call is closed by the call's own last marker: that is where sampling
-  stops, so that nothing the policy did not draw stands inside its turn. Markers are recognised in assistant
-  messages only, and there only those of calls.
+  An assistant message that ends in a call is closed by the call's own last marker: that is where
+  sampling stops, so that nothing the policy did not draw stands inside its turn. Markers are
+  recognised in assistant messages only, and there only those of calls.
   """
 
   def __init__(self, tokenizer: tokenizer_lib.Tokenizer, call_ends: Sequence[str] = (), *,
@@ -45,15 +47,21 @@ class ChatTemplate:
 
     Args:
       tokenizer: Of the policy.
-      call_ends: Strings that close a call and with it the turn, such as '</python>': a call format's `stops`.
+      call_ends: Strings that close a call and with it the turn, such as '</python>': a call
+        format's `stops`.
       describe: Words the system message about tools; a call format's `describe` says more.
     """
     self.tokenizer = tokenizer
     self._call_ends = tuple(call_ends)
     self._describe = describe
     # Without role markers and the end marker, content cannot leave its message.
-    structural = {tokenizer_lib.role_marker(role) for role in tokenizer_lib.ROLES} | {tokenizer_lib.END}
+    structural = (tokenizer_lib.END, *map(tokenizer_lib.role_marker, tokenizer_lib.ROLES))
     self._call_markers = frozenset(m for m in tokenizer.markers if m not in structural)
+
+  @property
+  def stops(self) -> tuple[str, ...]:
+    """Strings at which a turn ends that calls nothing."""
+    return (tokenizer_lib.END,)
 
   def render(self, messages: Sequence[types.Message], *, tools: Sequence[Mapping[str, Any]] = (),
              add_generation_prompt: bool = False) -> list[int]:
@@ -78,7 +86,7 @@ class ChatTemplate:
     return ids
 
   def render_completion(self, content: str) -> list[int]:
-    """Returns the ids that the policy would draw to write an assistant message: all but the role marker."""
+    """Returns the ids that a policy would draw to write an assistant message: no role marker."""
     ids = self.tokenizer.encode(content, allow_markers=self._call_markers)
     return ids if self._ends_in_call(content) else ids + [self.tokenizer.end_id]
 
@@ -87,8 +95,8 @@ class ChatTemplate:
     """Returns the ids of a whole chat and which of them the assistant wrote.
 
     Returns:
-      [n] ids, equal to `render(messages, tools=tools)`, and [n] bools: content and closing marker of
-      assistant messages, not the role marker, which is given.
+      [n] ids, equal to `render(messages, tools=tools)`, and [n] bools: content and closing marker
+      of assistant messages, not the role marker, which is given.
     """
     ids = self.render((), tools=tools)
     mask = [False] * len(ids)

@@ -1,4 +1,4 @@
-"""A sentencepiece tokenizer in which text can never turn into a marker, and numbers split one way only."""
+"""A sentencepiece tokenizer: text never turns into a marker, and a number splits one way only."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import sentencepiece
 ROLES = ('system', 'user', 'assistant', 'tool')
 END = '<|end|>'
 PAD = '<pad>'
-# sentencepiece writes a space as this letter; where a text holds the letter itself, its bytes are encoded.
+# sentencepiece writes a space as this letter; the letter itself is encoded by its bytes.
 _SPACE = '\u2581'
-# What stands around copied text: were it part of a neighbouring piece, a copy could split otherwise.
+# What stands around copied text: merged into a neighbour, it would make a copy split otherwise.
 ISOLATED = ('"', '-', ' + ', ' - ', ' * ', '( ', ' )', ', ', '): ', ' and ')
 
 
@@ -33,8 +33,8 @@ def role_marker(role: str) -> str:
 class Tokenizer:
   """Text to ids and back. `decode(encode(x)) == x` for every text without lone surrogates.
 
-  Markers (of roles, of calls and of a message's end) are single pieces that encoding makes only where
-  the caller allows it: what a tool or a user wrote is only ever text.
+  Markers (of roles, of calls and of a message's end) are single pieces that encoding makes only
+  where the caller allows it: what a tool or a user wrote is only ever text.
   """
 
   def __init__(self, model: bytes, markers: Sequence[str]):
@@ -82,7 +82,7 @@ class Tokenizer:
   @property
   def stop_ids(self) -> tuple[int, ...]:
     """Ids at which a policy's turn may end: the end marker and every closing marker `</...>`."""
-    return tuple(id_ for marker, id_ in self._markers.items() if marker == END or marker.startswith('</'))
+    return tuple(id_ for m, id_ in self._markers.items() if m == END or m.startswith('</'))
 
   def id_of(self, marker: str) -> int:
     """Returns the id of a marker.
@@ -99,8 +99,8 @@ class Tokenizer:
 
     Args:
       text: Any text; lone surrogates become '?'.
-      allow_markers: Whether marker strings become their pieces: True for all, or those that may. The
-        others are spelled out as text. For text that tools or users wrote, leave it False.
+      allow_markers: Whether marker strings become their pieces: True for all, or those that may.
+        The others are spelled out as text. For text that tools or users wrote, leave it False.
     Returns:
       [n] ids; [] for ''.
     """
@@ -184,9 +184,11 @@ def train_tokenizer(texts: Iterable[str], *, markers: Sequence[str] = (), vocab_
   Args:
     texts: What to learn the pieces from; markers in them are skipped.
     markers: Call markers, in addition to those of roles and ends.
-    vocab_size: Ids in all, an upper bound: 256 of them are bytes. Fewer if the texts do not give so many.
+    vocab_size: Ids in all, an upper bound: 256 of them are bytes. Fewer if the texts do not give so
+      many.
     digit_group: Digits a piece, 1 to 3; 10, 110 or 1,110 of the ids are for them.
-    isolated: Strings that are always a piece of their own: quotes around what is copied, for instance.
+    isolated: Strings that are always a piece of their own: quotes around what is copied, for
+      instance.
     max_piece_length: Letters a piece has at most.
   Raises:
     ValueError: if the digit group is out of range, markers repeat or the vocabulary is too small.
@@ -210,11 +212,29 @@ def train_tokenizer(texts: Iterable[str], *, markers: Sequence[str] = (), vocab_
     raise ValueError('there is no text to learn pieces from')
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(plain), model_writer=model, model_type='bpe', vocab_size=vocab_size,
-      hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0,
-      normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False,
-      treat_whitespace_as_suffix=True, split_by_whitespace=False, split_by_number=False, split_by_unicode_script=False,
-      max_sentencepiece_length=max_piece_length, max_sentence_length=1 << 20,
-      control_symbols=list(every), user_defined_symbols=[s.replace(' ', _SPACE) for s in (*groups, *isolated)],
-      pad_id=0, pad_piece=PAD, unk_id=1, bos_id=-1, eos_id=-1, num_threads=1, minloglevel=2)
+      sentence_iterator=iter(plain),
+      model_writer=model,
+      model_type='bpe',
+      vocab_size=vocab_size,
+      hard_vocab_limit=False,
+      byte_fallback=True,
+      character_coverage=1.0,
+      normalization_rule_name='identity',
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      treat_whitespace_as_suffix=True,
+      split_by_whitespace=False,
+      split_by_number=False,
+      split_by_unicode_script=False,
+      max_sentencepiece_length=max_piece_length,
+      max_sentence_length=1 << 20,
+      control_symbols=list(every),
+      user_defined_symbols=[s.replace(' ', _SPACE) for s in (*groups, *isolated)],
+      pad_id=0,
+      pad_piece=PAD,
+      unk_id=1,
+      bos_id=-1,
+      eos_id=-1,
+      num_threads=1,
+      minloglevel=2)
   return Tokenizer(model.getvalue(), every)

@@ -19,7 +19,10 @@ def _collect(iterator, state, batches):
   return out, state
 
 
-@hypothesis.given(size=st.integers(1, 20), data=st.data(), seed=st.integers(0, 9), stop=st.integers(0, 12))
+@hypothesis.given(size=st.integers(1, 20),
+                  data=st.data(),
+                  seed=st.integers(0, 9),
+                  stop=st.integers(0, 12))
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_resumed_equals_uninterrupted(size, data, seed, stop):
   batch = data.draw(st.integers(1, size))
@@ -61,8 +64,8 @@ def test_next_leaves_the_given_state_alone():
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'seed': 1}, 'seed 1'), ({'size': 5}, 'size 5'), ({'position': 9}, 'range'), ({'epoch': 'x'}, 'expected'),
-    ({'more': 1}, 'expected')])
+    ({'seed': 1}, 'seed 1'), ({'size': 5}, 'size 5'), ({'position': 9}, 'range'),
+    ({'epoch': 'x'}, 'expected'), ({'more': 1}, 'expected')])
 def test_foreign_states_are_refused(change, message):
   iterator = iterator_lib.TaskIterator(range(4), 2, 0)
   with pytest.raises(ValueError, match=message):

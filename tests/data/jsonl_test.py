@@ -16,13 +16,15 @@ def _write(tmp_path, *lines):
 
 
 def test_lines_become_tasks(tmp_path):
-  path = _write(tmp_path, '{"question": "1 + 1?", "answer": "2"}', '',
-                '{"id": "b", "environment": "maze", "messages": [{"role": "system", "content": "s"}], '
-                '"answer": {"x": 1}, "metadata": {"family": "f"}}')
+  path = _write(
+      tmp_path, '{"question": "1 + 1?", "answer": "2"}', '',
+      '{"id": "b", "environment": "maze", "messages": [{"role": "system", "content": "s"}], '
+      '"answer": {"x": 1}, "metadata": {"family": "f"}}')
   source = base.make_source('jsonl', path=path)
   assert len(source) == 2
   assert source[0] == types.Task('1', 'tools', (types.Message('user', '1 + 1?'),), '2', {})
-  assert source[1] == types.Task('b', 'maze', (types.Message('system', 's'),), {'x': 1}, {'family': 'f'})
+  assert source[1] == types.Task('b', 'maze', (types.Message('system', 's'),), {'x': 1},
+                                 {'family': 'f'})
 
 
 @pytest.mark.parametrize('line, key', [

@@ -14,11 +14,13 @@ import pytest
 from agentrl.data import base
 from agentrl.data import reasoning_gym
 
+ENV = {**os.environ, 'PYTHONPATH': os.getcwd()}
 SETTINGS = dict(train_per_family=30, test_per_family=10)
 
 
 def _open(data_dir, split='train', **settings):
-  return base.make_source('reasoning_gym', split=split, data_dir=str(data_dir), **{**SETTINGS, **settings})
+  settings = {**SETTINGS, **settings}
+  return base.make_source('reasoning_gym', split=split, data_dir=str(data_dir), **settings)
 
 
 @pytest.fixture(scope='module', name='data_dir')
@@ -86,11 +88,14 @@ def test_unknown_names_are_refused(tmp_path, settings, message):
 
 def test_a_killed_first_run_leaves_no_data_set(tmp_path):
   code = ('from agentrl.data import base\n'
-          f'base.make_source("reasoning_gym", split="train", data_dir={str(tmp_path)!r}, train_per_family=1500)')
-  process = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                             cwd=os.getcwd(), env={**os.environ, 'PYTHONPATH': os.getcwd()})
+          'base.make_source("reasoning_gym", split="train", train_per_family=1500, '
+          f'data_dir={str(tmp_path)!r})')
+  process = subprocess.Popen([sys.executable, '-c', code], env=ENV, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
   deadline = time.time() + 30
-  while not list(tmp_path.glob('**/incomplete*')) and process.poll() is None and time.time() < deadline:
+  while process.poll() is None and time.time() < deadline:
+    if list(tmp_path.glob('**/incomplete*')):
+      break
     time.sleep(0.005)
   process.send_signal(signal.SIGKILL)
   process.wait()
@@ -102,4 +107,4 @@ def test_a_killed_first_run_leaves_no_data_set(tmp_path):
 def test_tensorflow_is_not_imported():
   code = ('import sys\nfrom agentrl.data import reasoning_gym\n'
           'sys.exit("tensorflow" in sys.modules or "jax" in sys.modules)')
-  assert subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': os.getcwd()}).returncode == 0
+  assert subprocess.run([sys.executable, '-c', code], env=ENV, check=False).returncode == 0

@@ -14,8 +14,9 @@ from agentrl.rewards import reasoning_gym
 
 @pytest.fixture(scope='module', name='tasks')
 def _tasks(tmp_path_factory):
-  source = data.make_source('reasoning_gym', split='train', data_dir=str(tmp_path_factory.mktemp('data')),
-                            train_per_family=20, test_per_family=2)
+  data_dir = str(tmp_path_factory.mktemp('data'))
+  source = data.make_source('reasoning_gym', split='train', data_dir=data_dir, train_per_family=20,
+                            test_per_family=2)
   return [source[i] for i in range(len(source))]
 
 
@@ -32,8 +33,10 @@ def test_gold_answers_score_one_in_every_family(tasks):
       assert parts['accuracy'] == parts['success'] == parts['total'] == 1.0, task
 
 
-@pytest.mark.parametrize('answer', [None, '', '  ', '\x00', 'I do not know', '<python>', 'nan', '1e999999', 'x' * 5_000,
-                                    '9' * 4_500, '-' * 50, '1/0', '½', '\ud800'])
+@pytest.mark.parametrize('answer', [
+    None, '', '  ', '\x00', 'I do not know', '<python>', 'nan', '1e999999', 'x' * 5_000,
+    '9' * 4_500, '-' * 50, '1/0', '½', '\ud800'
+])
 def test_garbage_scores_low_and_never_raises(tasks, answer):
   reward = reasoning_gym.make_reward()
   for task in tasks:
@@ -68,5 +71,6 @@ def test_partial_credit_is_no_success(tasks):
 
 
 def test_unknown_family_is_refused():
+  entry = {'family': 'nope', 'question': '', 'answer': '', 'metadata': {}}
   with pytest.raises(ValueError):
-    reasoning_gym.score_answer('1', {'family': 'nope', 'question': '', 'answer': '', 'metadata': {}})
+    reasoning_gym.score_answer('1', entry)

@@ -21,7 +21,8 @@ def _trajectory(status=types.Status.FINISHED, answer='4', failed=0, calls=0):
 
 def test_total_is_the_weighted_sum():
   # By hand: 2 * 1 (finished) + 0.5 * 3 calls - 0.25 * 2 failed calls = 3.
-  reward = base.Reward([base.Format(), base.Calls()], {'format': 2.0, 'calls': 0.5, 'failed_calls': -0.25})
+  weights = {'format': 2.0, 'calls': 0.5, 'failed_calls': -0.25}
+  reward = base.Reward([base.Format(), base.Calls()], weights)
   assert reward(TASK, _trajectory(calls=3, failed=2)) == {
       'format': 1.0, 'calls': 3.0, 'failed_calls': 2.0, 'total': 3.0}
 
@@ -32,15 +33,17 @@ def test_parts_without_a_weight_are_recorded_and_count_nothing():
 
 
 @pytest.mark.parametrize('status, answer, expected', [
-    (types.Status.FINISHED, '4', 1.0), (types.Status.FINISHED, ' ', 0.0), (types.Status.FINISHED, None, 0.0),
-    (types.Status.LENGTH, '4', 0.0)])
+    (types.Status.FINISHED, '4', 1.0), (types.Status.FINISHED, ' ', 0.0),
+    (types.Status.FINISHED, None, 0.0), (types.Status.LENGTH, '4', 0.0)])
 def test_format_asks_for_a_finished_answer(status, answer, expected):
   assert base.Format()(TASK, _trajectory(status, answer)) == {'format': expected}
 
 
 @pytest.mark.parametrize('components, weights, message', [
-    ([base.Format()], {'formt': 1.0}, 'formt'), ([base.Format(), base.Format()], {}, 'differ'),
-    ([base.Format(('total',))], {}, 'total'), ([base.Format()], {'format': float('nan')}, 'finite')])
+    ([base.Format()], {'formt': 1.0}, 'formt'),
+    ([base.Format(), base.Format()], {}, 'differ'),
+    ([base.Format(('total',))], {}, 'total'),
+    ([base.Format()], {'format': float('nan')}, 'finite')])
 def test_wrong_settings_are_refused(components, weights, message):
   with pytest.raises(ValueError, match=message):
     base.Reward(components, weights)
@@ -52,5 +55,6 @@ def test_a_component_that_returns_other_parts_is_refused():
 
 
 def test_rewards_need_no_jax():
-  code = ('import sys\nfrom agentrl.rewards import base, reasoning_gym\nsys.exit("jax" in sys.modules)')
+  code = ('import sys\nfrom agentrl.rewards import base, reasoning_gym\n'
+          'sys.exit("jax" in sys.modules)')
   assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0

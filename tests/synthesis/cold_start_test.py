@@ -1,4 +1,4 @@
-"""Cold-start traces: real tool outputs, the asked share of right answers, and text that can be copied."""
+"""Cold-start traces: real tool outputs, the share of right answers, text that can be copied."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ PER_FAMILY = 60
 
 @pytest.fixture(scope='module', name='tasks')
 def _tasks(tmp_path_factory):
-  source = data.make_source('reasoning_gym', split='train', data_dir=str(tmp_path_factory.mktemp('data')),
+  data_dir = str(tmp_path_factory.mktemp('data'))
+  source = data.make_source('reasoning_gym', split='train', data_dir=data_dir,
                             train_per_family=PER_FAMILY, test_per_family=2)
   return [source[i] for i in range(len(source))]
 
@@ -99,7 +100,8 @@ def test_results_are_what_the_tools_say(traces, executor):
   checked = 0
   for trace in traces:
     for _, code, said in _codes(trace):
-      if trace.task.metadata['family'] in ('chain_sum', 'products') and not said.startswith('error'):
+      arithmetic = trace.task.metadata['family'] in ('chain_sum', 'products')
+      if arithmetic and not said.startswith('error'):
         assert said == str(eval(code))  # pylint: disable=eval-used
         checked += 1
   assert checked > 50
@@ -122,7 +124,7 @@ def _contains(ids, run):
 
 
 def test_what_is_copied_keeps_its_pieces(traces, template):
-  # The point of the tokenizer: copying is repeating ids, from question to code and from result to answer.
+  # The point of the tokenizer: copying is repeating ids.
   good, total = collections.Counter(), collections.Counter()
   for trace in traces:
     family, question = trace.task.metadata['family'], trace.task.messages[0].content
@@ -146,15 +148,17 @@ def test_traces_are_short(traces, template, executor):
 def test_the_loss_covers_the_assistant_only(traces, template, executor):
   for trace, (ids, mask) in zip(traces, cold_start.tokenize(traces, template, _schemas(executor))):
     assert ids.dtype == np.int32 and mask.dtype == bool and ids.shape == mask.shape
-    text = ''.join(m.content + ('' if m.content.endswith(('</python>', '</calculator>')) else '<|end|>')
-                   for m in trace.messages if m.role == 'assistant')
+    written = [m.content for m in trace.messages if m.role == 'assistant']
+    calls = ('</python>', '</calculator>')
+    text = ''.join(w if w.endswith(calls) else w + '<|end|>' for w in written)
     assert template.tokenizer.decode(ids[mask]) == text
 
 
 def test_bad_requests_are_refused(tasks, executor):
   with pytest.raises(ValueError, match='share_right'):
     cold_start.make_traces(tasks[:1], executor, seed=0, share_right=1.5)
-  stranger = types.Task('0', 'tools', (types.Message('user', '?'),), {'answer': ''}, {'family': 'sudoku'})
+  stranger = types.Task('0', 'tools', (types.Message('user', '?'),), {'answer': ''},
+                        {'family': 'sudoku'})
   with pytest.raises(ValueError, match='sudoku'):
     cold_start.make_traces([stranger], executor, seed=0)
   with executor_lib.Executor([tools.make('python')]) as lean:

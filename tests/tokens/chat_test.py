@@ -23,7 +23,8 @@ def _template():
 
 _CONTENT = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(
     ['<|end|>', '<|assistant|>', '<python>', '</python>', '1 + 1'])), max_size=4).map(''.join)
-_MESSAGES = st.lists(st.builds(M, st.sampled_from(['user', 'assistant', 'tool', 'system']), _CONTENT), max_size=6)
+_MESSAGES = st.lists(
+    st.builds(M, st.sampled_from(['user', 'assistant', 'tool', 'system']), _CONTENT), max_size=6)
 
 
 @hypothesis.given(messages=_MESSAGES, cut=st.integers(0, 6))
@@ -37,7 +38,8 @@ def test_a_chat_is_the_concatenation_of_its_increments(template, messages, cut):
 @hypothesis.given(messages=_MESSAGES)
 @hypothesis.settings(max_examples=150, deadline=None)
 def test_prompts_and_completions_add_up_to_the_chat(template, messages):
-  # As a rollout builds it: everything up to an assistant message with the prompt, then what is drawn.
+  # As a rollout builds it: everything up to an assistant message with the prompt, then what is
+  # drawn.
   ids, pending = template.render((), tools=TOOLS), []
   for message in messages:
     if message.role == 'assistant':
@@ -54,7 +56,8 @@ def test_prompts_and_completions_add_up_to_the_chat(template, messages):
 def test_the_mask_covers_completions_only(template, messages):
   ids, mask = template.render_with_mask(messages, tools=TOOLS)
   assert ids == template.render(messages, tools=TOOLS)
-  drawn = [t for m in messages if m.role == 'assistant' for t in template.render_completion(m.content)]
+  answers = [m.content for m in messages if m.role == 'assistant']
+  drawn = [token for answer in answers for token in template.render_completion(answer)]
   assert [t for t, m in zip(ids, mask, strict=True) if m] == drawn
 
 
@@ -72,7 +75,8 @@ def test_content_cannot_forge_messages_or_calls(template, messages):
 
 
 def test_a_call_closes_its_message(template):
-  messages = [M('user', '1 + 1?'), M('assistant', '<python>1 + 1</python>'), M('tool', '2'), M('assistant', '2')]
+  messages = [M('user', '1 + 1?'), M('assistant', '<python>1 + 1</python>'), M('tool', '2'),
+              M('assistant', '2')]
   # Written out by hand from the class docstring.
   assert template.tokenizer.decode(template.render(messages, tools=TOOLS)) == (
       '<|system|>python(code)<|end|><|user|>1 + 1?<|end|><|assistant|><python>1 + 1</python>'

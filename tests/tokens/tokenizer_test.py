@@ -10,7 +10,9 @@ import pytest
 
 from agentrl.tokens import tokenizer as tokenizer_lib
 
-TEXTS = ['What is 12 + 345?', 'Solve for x: 3 * x = 27', 'the text: "of the year"', 'gcd(780, 461)\n'] * 8
+TEXTS = [
+    'What is 12 + 345?', 'Solve for x: 3 * x = 27', 'the text: "of the year"', 'gcd(780, 461)\n'
+] * 8
 CALL_MARKERS = ('<python>', '</python>')
 
 
@@ -20,9 +22,9 @@ def _tokenizer():
 
 
 # Pieces of markers and of bytes, and the letter that sentencepiece writes for a space.
-_TRICKY = st.lists(st.one_of(st.text(), st.sampled_from(
-    ['<|user|>', '<|end|>', '<python>', '</python>', '<pad>', '<unk>', '<0x41>', '\u2581', '  ', '\n', '12345'])),
-    max_size=6).map(''.join)
+_SPECIAL = ['<|user|>', '<|end|>', '<python>', '</python>', '<pad>', '<unk>', '<0x41>', '\u2581', '  ',
+            '\n', '12345']
+_TRICKY = st.lists(st.one_of(st.text(), st.sampled_from(_SPECIAL)), max_size=6).map(''.join)
 
 
 @hypothesis.given(text=_TRICKY)
@@ -68,11 +70,13 @@ def test_decode_strips_markers_and_padding(tokenizer):
 
 
 @pytest.mark.parametrize('group', [1, 2, 3])
-@hypothesis.given(number=st.from_regex(r'\A[0-9]{1,12}\Z'), before=st.sampled_from(['', ' ', '-', 'gcd(', '"', 'x1 ']),
+@hypothesis.given(number=st.from_regex(r'\A[0-9]{1,12}\Z'),
+                  before=st.sampled_from(['', ' ', '-', 'gcd(', '"', 'x1 ']),
                   after=st.sampled_from(['', ' ', ')', '.', '/7', '\n', '"']))
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_numbers_split_alike_everywhere(group, number, before, after):
-  # From the left in groups, as the docstring says: the pieces of the number are its own in any context.
+  # From the left in groups, as the docstring says: the pieces of the number are its own in any
+  # context.
   tokenizer = _GROUPS.setdefault(group, tokenizer_lib.train_tokenizer(
       TEXTS, vocab_size=1500 if group == 3 else 420, digit_group=group))
   expected = re.findall(r'\d{1,%d}' % group, number)
@@ -114,7 +118,8 @@ def test_load_refuses_other_files_by_name(content, tmp_path):
 
 
 @pytest.mark.parametrize('settings, message', [
-    (dict(digit_group=4), 'digit_group'), (dict(vocab_size=300), 'fixed'), (dict(markers=('<|end|>',)), 'repeat')])
+    (dict(digit_group=4), 'digit_group'), (dict(vocab_size=300), 'fixed'),
+    (dict(markers=('<|end|>',)), 'repeat')])
 def test_wrong_settings_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
     tokenizer_lib.train_tokenizer(TEXTS, **settings)
