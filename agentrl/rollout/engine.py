@@ -62,7 +62,7 @@ class Engine:
 
     Args:
       sampler: Its slots are this engine's alone; set its parameters before `collect`.
-      tokenizer: With `decode(ids) -> str` and `encode(text) -> ids`.
+      tokenizer: See `agentrl.tokens.tokenizer.Tokenizer`.
       limits: Of every trajectory, unless a program's session is given others.
       seed: Of all draws.
     """
@@ -156,7 +156,7 @@ class Engine:
   def split_stops(self, stops: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Returns (ids of the stops that are one piece, the other stops)."""
     if stops not in self._stop_cache:
-      encoded = [self.tokenizer.encode(s) for s in stops]
+      encoded = [self.tokenizer.encode(s, allow_markers=True) for s in stops]
       ids = tuple(e[0] for e in encoded if len(e) == 1)
       if len(ids) > MAX_STOPS:
         raise ValueError(f'{len(ids)} stop tokens, but at most {MAX_STOPS} are supported: {stops}')

@@ -74,8 +74,10 @@ def plan_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 def pack(sequences: Sequence[TokenSequence], outcome: Outcome, *, rows: int, row_length: int, channels: int = 1,
-         plan: list[list[int]] | None = None) -> TrainBatch:
-  """Returns a batch of `rows` x `row_length` tokens; rows that are not needed are all padding.
+         micro_batches: int = 1, plan: list[list[int]] | None = None) -> tuple[TrainBatch, int]:
+  """Returns a batch of `rows` x `row_length` tokens, and how many of its micro-batches are used.
+
+  Micro-batch m is rows m, m + micro_batches, ...; they are filled one after the other, and the rest is padding.
 
   Advantages, values, returns and reference log-probs are zeros, for the learner to fill in.
 
@@ -85,19 +87,23 @@ def pack(sequences: Sequence[TokenSequence], outcome: Outcome, *, rows: int, row
     rows: B.
     row_length: T, tokens.
     channels: C, planes of advantages.
+    micro_batches: Parts that the learner cuts the rows into; must divide them.
     plan: Indices of the sequences of each row; planned if None.
   Raises:
-    ValueError: if the sequences do not fit.
+    ValueError: if the sequences do not fit, or the micro-batches do not divide the rows.
   """
   plan = plan_rows([len(s.tokens) for s in sequences], row_length) if plan is None else plan
   if len(plan) > rows:
     raise ValueError(f'{len(sequences)} sequences need {len(plan)} rows of {row_length} tokens, more than {rows}')
+  if rows % micro_batches:
+    raise ValueError(f'{micro_batches} micro-batches do not divide {rows} rows')
+  part = rows // micro_batches
   shape = (rows, row_length)
   ints = {k: np.full(shape, fill, np.int32) for k, fill in
           (('tokens', 0), ('positions', 0), ('segment_ids', 0), ('turn_ids', -1), ('trajectory_ids', -1))}
   loss_mask, log_probs = np.zeros(shape, bool), np.zeros(shape, np.float32)
-  for r, members in enumerate(plan):
-    at = 0
+  for k, members in enumerate(plan):
+    r, at = k % part * micro_batches + k // part, 0
     for number, i in enumerate(members, 1):
       s, where = sequences[i], (r, slice(at, at + len(sequences[i].tokens)))
       at += len(s.tokens)
@@ -109,6 +115,7 @@ def pack(sequences: Sequence[TokenSequence], outcome: Outcome, *, rows: int, row
       loss_mask[where] = s.loss_mask & (outcome.weights[s.trajectory] > 0)
       log_probs[where] = np.where(loss_mask[where], s.log_probs, 0.0)
   zeros = lambda: np.zeros(shape, np.float32)
-  return TrainBatch(
+  batch = TrainBatch(
       **ints, loss_mask=loss_mask, behaviour_log_probs=log_probs, reference_log_probs=zeros(), values=zeros(),
       returns=zeros(), advantages=np.zeros((channels, *shape), np.float32), **outcome._asdict())
+  return batch, max(1, -(-len(plan) // part))

@@ -1,0 +1,71 @@
+"""Runs a config: `python -m agentrl.main --config=configs/quickstart.py --workdir=runs/quickstart`.
+
+Single settings are overridden by `--config.section.key=value`. Starting again with the same workdir goes on where the
+last checkpoint was made. configs/base.py lists every setting.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+from absl import flags
+from absl import logging
+from ml_collections import ConfigDict
+import rich.console
+import rich.table
+
+from agentrl.core import command_line
+from agentrl.core.config import ConfigError
+from agentrl.training import loop
+from agentrl.viz import report
+
+_CONFIG = flags.DEFINE_string('config', None, 'Config file; --config.section.key=value overrides one of its keys. '
+                              'configs/base.py lists all keys.', required=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, metrics, trajectories, report.html. '
+                               'A run that was stopped goes on.', required=True)
+
+_BASE = pathlib.Path(__file__).resolve().parent.parent / 'configs' / 'base.py'
+
+
+def main(config: ConfigDict) -> int:
+  """Runs the config and prints the summary; returns the exit code."""
+  logging.set_verbosity(logging.INFO)
+  console = rich.console.Console()
+  try:
+    summary = loop.run(config, _WORKDIR.value, on_stage_end=report.write_report)
+  except loop.Interrupted as stopped:
+    console.print(f'agentrl: {stopped}')
+    return 0
+  except (loop.RunError, ValueError) as error:
+    if isinstance(error, ConfigError):
+      raise
+    logging.debug('Refused', exc_info=True)
+    sys.stderr.write(f'agentrl: {error}\n')
+    return 2
+  console.print(summary_table(summary))
+  console.print(f'Report: {pathlib.Path(_WORKDIR.value) / "report.html"}')
+  return 0
+
+
+def summary_table(summary: dict) -> rich.table.Table:
+  """Returns the summary as a table of one line a figure."""
+  table = rich.table.Table('figure', 'value', title='Summary')
+  for section, content in summary.items():
+    if isinstance(content, dict):
+      for key, value in content.items():
+        if not isinstance(value, dict):
+          table.add_row(f'{section}.{key}', _text(value))
+    else:
+      table.add_row(section, _text(content))
+  return table
+
+
+def _text(value) -> str:
+  if isinstance(value, list):
+    return ' to '.join(_text(v) for v in value)
+  return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+if __name__ == '__main__':
+  command_line.run(main, _CONFIG, reference=_BASE)

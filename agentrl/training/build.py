@@ -1,0 +1,210 @@
+"""From a config to the parts of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any, Callable
+
+from absl import logging
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from agentrl.algorithms import OBJECTIVES
+from agentrl.core.types import Message
+from agentrl.data import base as data
+from agentrl.envs import base as envs
+from agentrl.models.config import ModelConfig
+from agentrl.models.params import init_params, num_params, param_axes
+from agentrl.rewards import reasoning_gym as rewards
+from agentrl.rollout.budget import Limits
+from agentrl.rollout.engine import Engine
+from agentrl.sampling.draw import SamplingParams
+from agentrl.sampling.sampler import Sampler
+from agentrl.sharding import mesh as meshes
+from agentrl.tokens import chat, formats
+from agentrl.tokens import tokenizer as tokenizers
+from agentrl.tools import base as tools
+from agentrl.tools import executor as executors
+from agentrl.training import demonstrations
+
+
+@dataclasses.dataclass
+class Parts:
+  """What a run is made of; see `build`. Parts that are made on first use are cached properties."""
+
+  config: ConfigDict
+  workdir: pathlib.Path
+  model: ModelConfig
+  mesh: jax.sharding.Mesh
+  tokenizer: tokenizers.Tokenizer
+  template: chat.ChatTemplate
+  tools: list[tools.Tool]
+  call_format: Any
+  executor: executors.Executor
+  train_source: Any
+  test_source: Any
+  reward: Any
+
+  def __post_init__(self):
+    self._engines: dict[SamplingParams, Engine] = {}
+
+  @property
+  def schemas(self) -> list[dict[str, Any]]:
+    """The tools as the system message lists them."""
+    return _schemas(self.tools)
+
+  @functools.cached_property
+  def environment(self) -> Any:
+    """Where tasks are attempted."""
+    return self._environment(self.executor)
+
+  @functools.cached_property
+  def environment_without_tools(self) -> Any:
+    """The same, where every call is answered by a refusal."""
+    return self._environment(executors.Executor(self.tools, disabled=True))
+
+  def _environment(self, executor):
+    return envs.make(self.config.environment.name, executor=executor, call_format=self.call_format,
+                     max_turns=self.config.environment.max_turns, system_prompt=chat.describe_tools(self.schemas),
+                     end_markers=self.template.stops)
+
+  def engine(self, sampling: SamplingParams) -> Engine:
+    """Returns the engine that samples so; the same one each time."""
+    if sampling not in self._engines:
+      r = self.config.rollout
+      sampler = Sampler(self.model, slots=r.slots, context=r.context_tokens, chunk=r.chunk, sampling=sampling)
+      limits = Limits(turn_tokens=r.turn_tokens, trajectory_tokens=r.trajectory_tokens,
+                      context_tokens=r.context_tokens, turns=self.config.environment.max_turns)
+      self._engines[sampling] = Engine(sampler, self.tokenizer, limits=limits, seed=self.config.seed)
+    return self._engines[sampling]
+
+  def demonstrations(self) -> list[demonstrations.Chat]:
+    """Returns the cold start's chats."""
+    return _demonstrations(self.config, self.workdir, self.train_source, self.executor, self.call_format)
+
+  def init_params(self) -> Any:
+    """Returns new parameters, sharded over the mesh."""
+    init = functools.partial(init_params, self.model)
+    key = jax.random.key(self.config.seed)
+    shapes = jax.eval_shape(init, key)
+    return jax.jit(init, out_shardings=meshes.shardings(param_axes(self.model), shapes, self.mesh))(key)
+
+  def close(self):
+    """Ends threads and worker processes."""
+    for engine in self._engines.values():
+      engine.close()
+    self.executor.close()
+
+
+def build(config: ConfigDict, workdir: str | os.PathLike) -> Parts:
+  """Returns the parts of a run, checked against each other.
+
+  Writes the data set and the tokenizer on the first call for a workdir.
+
+  Args:
+    config: See configs/base.py.
+    workdir: The run's folder.
+  Raises:
+    ValueError: if settings do not go together, naming them; also where a part refuses its own.
+  """
+  _check(config)
+  workdir = pathlib.Path(workdir)
+  mesh = meshes.make_mesh(dict(config.mesh))
+  named_tools = [tools.make(name) for name in config.tools.names]
+  call_format = _call_format(config.tools.call_format, named_tools)
+  sources = {split: _source(config, workdir, split) for split in ('train', 'test')}
+  executor = executors.Executor(
+      named_tools, limits=executors.Limits(timeout=config.tools.timeout, output=config.tools.output))
+  tokenizer = _tokenizer(config, workdir, functools.partial(
+      _demonstrations, config, workdir, sources['train'], executor, call_format), call_format, named_tools)
+  template = chat.ChatTemplate(tokenizer, call_format.stops)
+  model = ModelConfig(vocab_size=tokenizer.vocab_size, value_head=needs_value_head(config), **config.model)
+  _check_prompts(config, sources, template, named_tools)
+  logging.info('Policy of %d parameters on %d device(s), vocabulary %d', num_params(model), mesh.size,
+               tokenizer.vocab_size)
+  return Parts(config, workdir, model, mesh, tokenizer, template, named_tools, call_format, executor,
+               sources['train'], sources['test'], rewards.make_reward(dict(config.reward.weights) or None))
+
+
+def make_objective(config: ConfigDict) -> Any:
+  """Returns the objective of the RL stage, checked against the rest of the config."""
+  objective = OBJECTIVES.get(config.rl.algorithm)(**config.rl.options)
+  objective.check(group_size=config.rl.group_size, value_head=objective.needs_values, reference=config.rl.reference)
+  return objective
+
+
+def needs_value_head(config: ConfigDict) -> bool:
+  """Whether the RL stage, if there is one, reads values."""
+  return 'rl' in config.stages and make_objective(config).needs_values
+
+
+def _check(config: ConfigDict):
+  r, t = config.rollout, config.train
+  if t.row_length < r.context_tokens:
+    raise ValueError(f'train.row_length={t.row_length} is below rollout.context_tokens={r.context_tokens}: '
+                     'a trajectory would not fit a row; raise the first or lower the second')
+  if config.rl.prompts % config.rl.minibatches:
+    raise ValueError(f'rl.minibatches={config.rl.minibatches} does not divide rl.prompts={config.rl.prompts}')
+  if config.sft.batch_rows % t.micro_rows and t.micro_rows < config.sft.batch_rows:
+    raise ValueError(f'train.micro_rows={t.micro_rows} does not divide sft.batch_rows={config.sft.batch_rows}')
+
+
+def _source(config: ConfigDict, workdir: pathlib.Path, split: str) -> Any:
+  d = config.data
+  settings = dict(d.options)
+  if d.source == 'reasoning_gym':
+    settings.update(data_dir=d.dir or str(workdir / 'data'), train_per_family=d.train_per_family,
+                    test_per_family=d.test_per_family, split=split, seed=config.seed)
+  elif 'path' not in settings and f'{split}_path' in settings:
+    paths = {k: settings.pop(k) for k in ('train_path', 'test_path') if k in settings}
+    settings['path'] = paths[f'{split}_path']
+  return data.make_source(d.source, **settings)
+
+
+def _schemas(named_tools: list[tools.Tool]) -> list[dict[str, Any]]:
+  return [{'name': t.name, 'description': t.description, 'parameters': t.parameters} for t in named_tools]
+
+
+def _call_format(name: str, named_tools: list[tools.Tool]) -> Any:
+  factory = formats.FORMATS.get(name)
+  return formats.xml_format(named_tools) if name == 'xml' else factory()
+
+
+def _demonstrations(config: ConfigDict, workdir: pathlib.Path, source: Any, executor: executors.Executor,
+                    call_format: Any) -> list[demonstrations.Chat]:
+  order = np.random.default_rng(config.seed).permutation(len(source))[:config.sft.traces]
+  return demonstrations.read_or_write(workdir, [source[int(i)] for i in order], executor, call_format,
+                                      seed=config.seed, share_right=config.sft.share_right)
+
+
+def _tokenizer(config: ConfigDict, workdir: pathlib.Path, chats: Callable[[], list[demonstrations.Chat]],
+               call_format: Any, named_tools: list[tools.Tool]) -> tokenizers.Tokenizer:
+  path = pathlib.Path(config.tokenizer.path or workdir / 'tokenizer.model')
+  if path.exists() or config.tokenizer.path:
+    return tokenizers.Tokenizer.load(str(path))
+  texts = [m.content for messages in chats() for m in messages]
+  # The listing stands before every chat, so it should be few pieces.
+  texts += [chat.describe_tools(_schemas(named_tools))] * 1_000
+  tokenizer = tokenizers.train_tokenizer(
+      texts, markers=call_format.markers, vocab_size=config.tokenizer.vocab_size,
+      digit_group=config.tokenizer.digit_group)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  tokenizer.save(str(path))
+  return tokenizer
+
+
+def _check_prompts(config: ConfigDict, sources: Any, template: chat.ChatTemplate, named_tools: list[tools.Tool]):
+  """Refuses a data set with a prompt that leaves no room for an answer."""
+  limit = config.rollout.context_tokens
+  system = Message('system', chat.describe_tools(_schemas(named_tools)))
+  for split, source in sources.items():
+    for i in range(len(source)):
+      task = source[i]
+      n = len(template.render((system, *task.messages), add_generation_prompt=True))
+      if n >= limit:
+        raise ValueError(f'the prompt of {split} task {task.id!r} has {n} tokens, which leaves no room in '
+                         f'rollout.context_tokens={limit}; raise it, or leave the task out')

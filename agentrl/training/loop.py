@@ -1,0 +1,274 @@
+"""The function that drives a run: stages one after the other, each step logged and saved."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import time
+from typing import Any, Callable, Iterator
+
+from absl import logging
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from agentrl.checkpointing.checkpoints import Checkpointer
+from agentrl.core import config as configs
+from agentrl.metrics.progress import Progress
+from agentrl.metrics.timing import CompileCounter
+from agentrl.metrics.writers import MetricsWriter
+from agentrl.training.build import Parts, build
+from agentrl.training.stages import STAGES
+from agentrl.training.state import HostState, LearnerState
+
+# Settings that may differ when a run goes on: they do not change what was done so far.
+CHANGEABLE = ('stages', 'sft.steps', 'rl.steps', 'rl.trajectories_every', 'eval.', 'checkpoint.', 'report')
+MAX_REJECTED = 3
+
+
+class RunError(RuntimeError):
+  """A run that cannot start or go on, worded for whoever started it."""
+
+
+class Interrupted(Exception):
+  """The run was asked to stop, and has saved its state."""
+
+
+def run(config: ConfigDict, workdir: str | os.PathLike,
+        on_stage_end: Callable[[pathlib.Path], Any] | None = None) -> dict[str, Any]:
+  """Runs a config's stages to their end and returns the summary, also written to summary.json.
+
+  Starting again in the same workdir goes on where the last checkpoint was made. Blocks.
+
+  Args:
+    config: See configs/base.py.
+    workdir: The run's folder, made if missing.
+    on_stage_end: Called with the workdir when a stage has ended, if the config wants a report.
+  Raises:
+    RunError: if the workdir cannot be used, is in use, or belongs to another config.
+    Interrupted: after SIGTERM or SIGINT, with the state saved.
+  """
+  workdir = pathlib.Path(workdir)
+  with _claimed(workdir), _StopSignals() as stop, CompileCounterContext() as compiles:
+    _check_same_config(config, workdir)
+    started = time.perf_counter()
+    parts = build(config, workdir)
+    checkpointer = Checkpointer(workdir / 'checkpoints', keep=config.checkpoint.keep)
+    try:
+      stages = [_make_stage(parts, text) for text in config.stages]
+      loop = _Loop(parts, checkpointer, stages, stop, compiles, started, on_stage_end)
+      return loop.run()
+    finally:
+      checkpointer.close()
+      parts.close()
+
+
+class _Loop:
+  """One process's part of a run."""
+
+  def __init__(self, parts: Parts, checkpointer: Checkpointer, stages: list[tuple[str, str, Any]],
+               stop: _StopSignals, compiles: CompileCounter, started: float,
+               on_stage_end: Callable[[pathlib.Path], Any] | None):
+    self._parts, self._checkpointer, self._stages = parts, checkpointer, stages
+    self._stop, self._compiles = stop, compiles
+    self._config = parts.config
+    self._started, self._on_stage_end = started, on_stage_end
+    self.state, self.host = self._restore_or_start()
+
+  # ---- start -----------------------------------------------------------------------------------
+
+  def _restore_or_start(self) -> tuple[LearnerState, HostState]:
+    params = self._parts.init_params()
+    state = LearnerState(params, {}, np.int32(0))
+    found = self._checkpointer.restore({}, partial=True)
+    if found is None:
+      host = HostState()
+      return self._begin(state, host), host
+    host = HostState(**found.host)
+    # `begin` tells the shape of the stage's state; its values are overwritten.
+    template = self._begin(state, HostState(stage=host.stage))
+    restored = self._checkpointer.restore(template)
+    logging.info('Going on from step %d in %s', restored.step, self._parts.workdir)
+    return restored.arrays, HostState(**restored.host)
+
+  def _begin(self, state: LearnerState, host: HostState) -> LearnerState:
+    if host.stage >= len(self._stages):
+      return state._replace(opt_state={}, updates=np.int32(0), reference=None)
+    return self._stage(host).begin(state, host)
+
+  def _stage(self, host: HostState) -> Any:
+    return self._stages[host.stage][2]
+
+  # ---- stages and steps ------------------------------------------------------------------------
+
+  def run(self) -> dict[str, Any]:
+    """Runs what is left."""
+    host = self.host
+    self._add_seconds('setup', time.perf_counter() - self._started)
+    with MetricsWriter(self._parts.workdir, start_step=host.step) as writer, Progress() as progress:
+      while host.stage < len(self._stages):
+        kind, name, stage = self._stages[host.stage]
+        progress.stage(kind if kind == name else f'{kind} {name}', total=stage.steps, start=host.stage_step)
+        if host.stage_step < stage.steps:
+          self._timed('compile', stage.warm_up, self.state)
+          self._compiles.mark()
+        while host.stage_step < stage.steps:
+          metrics = self._step(kind, name, stage)
+          writer.write(host.step - 1, kind, metrics)
+          progress.update(host.stage_step, metrics)
+          if host.rejected_in_a_row >= MAX_REJECTED:
+            self._save(wait=True)
+            raise RunError(f'{MAX_REJECTED} updates in a row were not finite; their batches are in '
+                           f'{self._parts.workdir / "rejected"}. Lower the learning rate, or look at the rewards.')
+        self._end_stage()
+    return self._summary()
+
+  def _step(self, kind: str, name: str, stage: Any) -> dict[str, Any]:
+    host = self.host
+    started = time.perf_counter()
+    self.state, metrics = stage.step(self.state, host)
+    host.step += 1
+    host.stage_step += 1
+    if self._compiles.count:
+      logging.warning('Compiled after warm-up: %s', self._compiles.names)
+      host.totals['compilations_after_warmup'] = (
+          host.totals.get('compilations_after_warmup', 0) + self._compiles.count)
+      self._compiles.mark()
+    if host.stage_step == stage.steps:
+      host.results.setdefault(name, {}).update(stage.result(host))
+    metrics['seconds'] = time.perf_counter() - started
+    self._count(kind, metrics)
+    if self._stop.asked or host.stage_step % self._config.checkpoint.every == 0 or host.stage_step == stage.steps:
+      metrics['seconds/checkpoint'] = self._timed('checkpoint', self._save, self._stop.asked)
+    if self._stop.asked:
+      raise Interrupted(f'stopped after step {host.step}; start again with the same workdir to go on')
+    return metrics
+
+  def _end_stage(self):
+    host = self.host
+    host.stage += 1
+    host.stage_step = 0
+    self.state = self._begin(self.state, host)
+    self._timed('checkpoint', self._save, False)
+    self._write_summary()
+    if self._config.report and self._on_stage_end:
+      self._timed('report', self._on_stage_end, self._parts.workdir)
+
+  def _save(self, wait: bool):
+    self._checkpointer.save(self.host.step, self.state, self.host.to_json(), wait=wait)
+
+  # ---- bookkeeping ------------------------------------------------------------------------------
+
+  def _timed(self, phase: str, function: Any, *args) -> float:
+    started = time.perf_counter()
+    function(*args)
+    seconds = time.perf_counter() - started
+    self._add_seconds(phase, seconds)
+    return seconds
+
+  def _add_seconds(self, phase: str, seconds: float):
+    self.host.seconds[phase] = self.host.seconds.get(phase, 0.0) + seconds
+
+  def _count(self, kind: str, metrics: dict[str, Any]):
+    self._add_seconds(kind, metrics['seconds'])
+    for key in ('decoded_tokens', 'trained_tokens', 'seconds/rollout', 'seconds/update'):
+      if key in metrics:
+        name = f'{kind}/{key}'
+        self.host.totals[name] = self.host.totals.get(name, 0) + metrics[key]
+
+  def _summary(self) -> dict[str, Any]:
+    totals = self.host.totals
+
+    def rate(tokens: str, seconds: str) -> float:
+      kinds = {k.split('/')[0] for k in totals if k.endswith(tokens)}
+      spent = sum(totals.get(f'{k}/{seconds}', 0.0) for k in kinds)
+      return sum(totals[f'{k}/{tokens}'] for k in kinds) / spent if spent else float('nan')
+
+    seconds = {k: round(v, 3) for k, v in self.host.seconds.items()}
+    seconds['total'] = round(sum(self.host.seconds.values()), 3)
+    return {
+        **self.host.results, 'seconds': seconds, 'steps': self.host.step,
+        'tokens_per_second': {'decode': rate('decoded_tokens', 'seconds/rollout'),
+                              'update': rate('trained_tokens', 'seconds/update')},
+        'compilations_after_warmup': int(totals.get('compilations_after_warmup', 0)),
+        'seed': self._config.seed,
+    }
+
+  def _write_summary(self):
+    path = self._parts.workdir / 'summary.json'
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(json.dumps(self._summary(), indent=2) + '\n')
+    os.replace(temporary, path)
+
+
+def _make_stage(parts: Parts, text: str) -> tuple[str, str, Any]:
+  kind, _, name = text.partition(':')
+  STAGES.names()
+  return kind, name or kind, STAGES.get(kind)(parts, name or kind)
+
+
+class CompileCounterContext(contextlib.AbstractContextManager):
+  """A `CompileCounter` that stops listening when its block ends."""
+
+  def __enter__(self) -> CompileCounter:
+    self._counter = CompileCounter()
+    return self._counter
+
+  def __exit__(self, *unused_exception):
+    self._counter.close()
+
+
+class _StopSignals(contextlib.AbstractContextManager):
+  """Turns SIGTERM and the first SIGINT into a request to stop after the step in progress."""
+
+  def __init__(self):
+    self.asked = False
+
+  def __enter__(self) -> _StopSignals:
+    self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def __exit__(self, *unused_exception):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _ask(self, number, unused_frame):
+    if self.asked and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.asked = True
+    logging.warning('Stopping after the step in progress; once more Ctrl-C stops at once')
+
+
+@contextlib.contextmanager
+def _claimed(workdir: pathlib.Path) -> Iterator[None]:
+  """Makes the workdir and keeps other processes from running in it."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = open(workdir / '.lock', 'w', encoding='utf-8')
+  except OSError as error:
+    raise RunError(f'the workdir {workdir} cannot be written: {error}. Pass another --workdir or mend its '
+                   'permissions.') from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise RunError(f'another process is running in {workdir}; wait for it, stop it, or pass another '
+                     '--workdir') from error
+    yield
+
+
+def _check_same_config(config: ConfigDict, workdir: pathlib.Path):
+  """Writes the config, or refuses one that is not the one the workdir was started with."""
+  path = workdir / 'config.json'
+  if path.exists():
+    changed = {k: v for k, v in configs.diff(configs.from_json(path.read_text()), config).items()
+               if not k.startswith(CHANGEABLE)}
+    if changed:
+      listed = '; '.join(f'{k}: {old!r} -> {new!r}' for k, (old, new) in changed.items())
+      raise RunError(f'{workdir} was started with another config ({listed}). Use the same one to go on, or '
+                     'another --workdir.')
+  path.write_text(configs.to_json(config) + '\n')

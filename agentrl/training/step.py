@@ -1,0 +1,136 @@
+"""The jitted steps of the learner: one update, and one scoring pass."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from agentrl.algorithms import objective as objectives
+from agentrl.algorithms.objective import LossBatch, Metrics, Objective
+from agentrl.core.types import TrainBatch
+from agentrl.models import transformer
+from agentrl.models.config import ModelConfig
+from agentrl.models.params import Params
+from agentrl.sharding import mesh as meshes
+from agentrl.training.state import LearnerState
+
+
+def make_update(config: ModelConfig, optimizer: optax.GradientTransformation, objective: Objective, *,
+                micro_batches: int, temperature: float = 1.0,
+                mesh: jax.sharding.Mesh | None = None) -> Callable[..., Any]:
+  """Returns a jitted `update(state, batch, used) -> (state, metrics)` that donates the state.
+
+  The objective weighs every token by counts over the whole batch, so the gradient is a plain sum over micro-batches.
+  Micro-batch m is rows m, m + micro_batches, ... (see `packing.pack`), and only the first `used` of them are run:
+  `used` is traced, so a batch padded to its largest size costs what is in it and compiles once. An update whose loss
+  or gradient is not finite is not applied.
+
+  Args:
+    config: Of the policy.
+    optimizer: Whose state `state.opt_state` is.
+    objective: See `agentrl.algorithms.objective`.
+    micro_batches: Parts that B is cut into; must divide it.
+    temperature: Of the policy.
+    mesh: Whose batch axes the rows of each micro-batch are split over; None on one device.
+  Returns:
+    Metrics are float32 scalars by name: the objective's, and 'grad_norm', 'applied' (1 or 0), 'log_prob_gap' and
+    'log_prob_gap_max' (nats, between these log-probs and the recorded ones).
+  """
+
+  def loss(params, micro: LossBatch):
+    got = transformer.evaluate(params, config, micro.tokens, micro.positions, micro.segment_ids,
+                               temperature=temperature, with_entropy=objective.needs_entropies)
+    value, metrics = objective.loss(objectives.PolicyOutputs(*got), micro)
+    return value, _with_agreement(metrics, got.log_probs, micro)
+
+  grad_fn = jax.value_and_grad(loss, has_aux=True)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def update(state: LearnerState, batch: TrainBatch, used: jax.Array):
+    parts = _spread(objectives.split_rows(objective.prepare(batch, state.updates), micro_batches), mesh)
+    total = grad_fn(state.params, _part(parts, 0))
+    total = jax.lax.fori_loop(
+        1, used, lambda i, total: _sum_parts(total, grad_fn(state.params, _part(parts, i))), total)
+    (value, metrics), grads = total
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    proposed = (optax.apply_updates(state.params, updates), opt_state)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), proposed, (state.params, state.opt_state))
+    scalars = {**objectives.summarise(metrics), 'grad_norm': norm, 'applied': finite.astype(jnp.float32)}
+    return state._replace(params=params, opt_state=opt_state, updates=state.updates + finite), scalars
+
+  return update
+
+
+def make_score(config: ModelConfig, *, micro_batches: int, temperature: float = 1.0,
+               mesh: jax.sharding.Mesh | None = None) -> Callable[..., Any]:
+  """Returns a jitted `score(params, batch, used) -> (log_probs, values)`, [B, T] float32 each.
+
+  For the reference's log-probs, 0 outside the loss mask, and the values that advantages are computed from, zeros
+  without a value head.
+
+  Args:
+    config: Of the policy.
+    micro_batches: As for `make_update`.
+    temperature: Of the policy.
+    mesh: As for `make_update`.
+  """
+
+  @jax.jit
+  def score(params: Params, batch: TrainBatch, used: jax.Array):
+    fields = (batch.tokens, batch.positions, batch.segment_ids, batch.loss_mask)
+    rows, length = batch.tokens.shape
+    parts = _spread(jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(rows // micro_batches, micro_batches, length), 0, 1), fields), mesh)
+
+    def one(i, out):
+      tokens, positions, segment_ids, mask = _part(parts, i)
+      got = transformer.evaluate(params, config, tokens, positions, segment_ids, temperature=temperature)
+      values = jnp.zeros_like(got.log_probs) if got.values is None else got.values
+      new = jnp.where(mask, got.log_probs, 0.0), values
+      return jax.tree.map(lambda o, n: jax.lax.dynamic_update_index_in_dim(o, n, i, 0), out, new)
+
+    zeros = jnp.zeros(parts[0].shape, jnp.float32)
+    out = jax.lax.fori_loop(0, used, one, (zeros, zeros))
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(rows, length), out)
+
+  return score
+
+
+def _spread(parts: Any, mesh: jax.sharding.Mesh | None) -> Any:
+  """Splits the rows, axis 1, of every leaf [micro-batches, rows, ...] over the mesh's batch axes."""
+  if mesh is None:
+    return parts
+
+  def constrain(x):
+    spec = meshes.spec_of((None, 'batch') + (None,) * (x.ndim - 2), x.shape, mesh)
+    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
+
+  return jax.tree.map(constrain, parts)
+
+
+def _part(parts: Any, index) -> Any:
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False), parts)
+
+
+def _sum_parts(a, b):
+  (value_a, metrics_a), grads_a = a
+  (value_b, metrics_b), grads_b = b
+  metrics = Metrics(jax.tree.map(jnp.add, metrics_a.sums, metrics_b.sums),
+                    jax.tree.map(jnp.maximum, metrics_a.maxima, metrics_b.maxima))
+  return (value_a + value_b, metrics), jax.tree.map(jnp.add, grads_a, grads_b)
+
+
+def _with_agreement(metrics: Metrics, log_probs, micro: LossBatch) -> Metrics:
+  """Adds how far the learner's log-probs are from those recorded at sampling."""
+  gap = jnp.where(micro.loss_mask, jnp.abs(log_probs - micro.behaviour_log_probs), 0.0)
+  count = jnp.sum(micro.loss_mask, dtype=jnp.float32)
+  added = Metrics({**metrics.sums, 'log_prob_gap': (jnp.sum(gap), count)},
+                  {**metrics.maxima, 'log_prob_gap_max': jnp.max(gap)})
+  return jax.lax.stop_gradient(added)
