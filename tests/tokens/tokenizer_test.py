@@ -22,8 +22,8 @@ def _tokenizer():
 
 
 # Pieces of markers and of bytes, and the letter that sentencepiece writes for a space.
-_SPECIAL = ['<|user|>', '<|end|>', '<python>', '</python>', '<pad>', '<unk>', '<0x41>', '\u2581', '  ',
-            '\n', '12345']
+_SPECIAL = ['<|user|>', '<|end|>', '<python>', '</python>', '<pad>', '<unk>', '<0x41>', '\u2581',
+            '  ', '\n', '12345']
 _TRICKY = st.lists(st.one_of(st.text(), st.sampled_from(_SPECIAL)), max_size=6).map(''.join)
 
 
