@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
   c.rollout.turn_tokens = 64
   c.rollout.trajectory_tokens = 192
   c.rollout.context_tokens = 256
+  c.rollout.capacities = ()  # sizes of the cache, in tokens a slot; () for a geometric series up to context_tokens
   c.rollout.temperature = 1.0
 
   c.train = ConfigDict()

@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
   c.rollout.turn_tokens = 48
   c.rollout.trajectory_tokens = 120
   c.rollout.context_tokens = 192
+  c.rollout.capacities = (96, 192)
   c.train.row_length = 192
   c.sft.traces = 40_000
   c.sft.share_right = 0.45

@@ -259,8 +259,10 @@ class Engine:
     same &= np.arange(n)[None] < self._resident_lengths[:, None]
     return np.where(same.all(axis=1), n, same.argmin(axis=1)) if n else np.zeros(len(same), np.int64)
 
-  def _note_resident(self, session: Session):
-    self._resident[session.slot, :session.cached] = session.context.tokens[:session.cached]
+  def _note_resident(self, session: Session, since: int = 0):
+    """Takes note of what a slot holds, unchanged before position `since`."""
+    fresh = session.context.tail(since)[:session.cached - since]
+    self._resident[session.slot, since:session.cached] = fresh
     self._resident_lengths[session.slot] = session.cached
 
   def _evict(self) -> int:
@@ -292,12 +294,11 @@ class Engine:
     extensions = []
     longest = 0
     for s in sessions:
-      tokens = s.context.tokens
-      longest = max(longest, len(tokens))
-      if s.cached < len(tokens) - 1:
-        extensions.append(Extension(s.slot, tokens[s.cached:-1], s.cached))
-        s.cached = len(tokens) - 1
-        self._note_resident(s)
+      longest, before = max(longest, len(s.context)), s.cached
+      if before < len(s.context) - 1:
+        extensions.append(Extension(s.slot, s.context.tail(before)[:-1], before))
+        s.cached = len(s.context) - 1
+        self._note_resident(s, before)
     self.sampler.reserve(longest)
     self.sampler.extend(extensions)
     self.stats.extended_tokens += sum(len(e.tokens) for e in extensions)
@@ -313,7 +314,7 @@ class Engine:
     chunk = self.sampler.chunk
     self.sampler.reserve(max(len(s.context) + min(chunk, s.request.budget) for s in self._ready))
     requests = {
-        slot: SlotRequest(int(s.context.tokens[-1]), s.cached, s.request.budget, s.seed, s.request.stop_ids)
+        slot: SlotRequest(int(s.context.tail(-1)[0]), s.cached, s.request.budget, s.seed, s.request.stop_ids)
         for slot, s in active.items()}
     # Back to the host as soon as a quarter are done: others may want their slots, or they their tools.
     floor = len(active) - max(1, (len(active) + 3) // 4)
@@ -328,19 +329,19 @@ class Engine:
 
   def _record(self, session: Session, draws: Draws, now: float):
     """Appends what a session drew to its trajectory and ends its turn where it is to end."""
-    request, context = session.request, session.context
+    request, context, before = session.request, session.context, session.cached
     context.append_sampled(draws.tokens, draws.log_probs, draws.entropies, session.num_turns)
     session.cached += len(draws.tokens)
     request.budget -= len(draws.tokens)
     reason = 'stop' if draws.stopped else 'length' if request.budget <= 0 else None
     if request.stop_texts:
-      drawn = context.tokens[request.start:].tolist()
+      drawn = context.tail(request.start).tolist()
       kept = self._cut_at_stop(drawn, request.stop_texts)
       if kept is not None:
         context.truncate(request.start + kept)
         session.cached = min(session.cached, len(context) - 1)
         reason = 'stop'
-    self._note_resident(session)
+    self._note_resident(session, min(before, session.cached))
     if reason:
       self._ready.remove(session)
       session.waiting_since = now

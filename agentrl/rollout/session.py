@@ -123,7 +123,7 @@ class Session:
     self.request = None
     if reason == 'length' and budget < turn_budget:
       reason = 'context'
-    text = self.engine.tokenizer.decode(self.context.tokens[start:].tolist())
+    text = self.engine.tokenizer.decode(self.context.tail(start).tolist())
     turn = Turn(index=self.num_turns, segment=len(self.trajectory.segments) - 1, start=start,
                 end=len(self.context), text=text, stop_reason=reason)
     self.trajectory.turns.append(turn)

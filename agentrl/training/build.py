@@ -76,7 +76,8 @@ class Parts:
     """Returns the engine that samples so; the same one each time."""
     if sampling not in self._engines:
       r = self.config.rollout
-      sampler = Sampler(self.model, slots=r.slots, context=r.context_tokens, chunk=r.chunk, sampling=sampling)
+      sampler = Sampler(self.model, slots=r.slots, context=r.context_tokens, chunk=r.chunk, sampling=sampling,
+                        capacities=r.capacities or None)
       limits = Limits(turn_tokens=r.turn_tokens, trajectory_tokens=r.trajectory_tokens,
                       context_tokens=r.context_tokens, turns=self.config.environment.max_turns)
       self._engines[sampling] = Engine(sampler, self.tokenizer, limits=limits, seed=self.config.seed)

@@ -60,7 +60,8 @@ class SupervisedStage:
     metrics = jax.device_get(metrics)
     mean = lambda name: float(np.mean([m[name] for m in metrics]))
     seconds = time.perf_counter() - started
-    return state, {'loss': mean('loss/total'), 'grad_norm': mean('grad_norm'), 'applied': mean('applied'),
+    # Demonstrations have behaviour log-probs of 0, so the distance from those is the negative log-likelihood.
+    return state, {'loss': mean('log_prob_gap'), 'grad_norm': mean('grad_norm'), 'applied': mean('applied'),
                    'trained_tokens': tokens, 'seconds/update': seconds, 'tokens_per_second': tokens / seconds}
 
   def result(self, host: HostState) -> dict[str, Any]:

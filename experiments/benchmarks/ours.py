@@ -1,0 +1,175 @@
+r"""Measures agentrl on the workload of `rivals/common.py`, through what its training loop uses.
+
+    XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 0 \
+        python experiments/benchmarks/ours.py --phase decode --threads 1
+
+Phases: decode (prompts in, 64 sampled tokens out), update (one GRPO update), iteration (rollout, packing, update),
+three_turns (turns of 64 tokens with 16-token observations), three_turns_tool (the same, tools sleep 50 ms).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'rivals'))
+
+import asyncio
+import dataclasses
+import functools
+import time
+
+import common
+from common import WORKLOAD as W
+import jax
+import numpy as np
+
+from agentrl.algorithms.grpo import grpo
+from agentrl.core.types import Status, Task
+from agentrl.models.config import ModelConfig
+from agentrl.models.params import init_params, num_params
+from agentrl.rollout.budget import Limits
+from agentrl.rollout.engine import Engine, Job
+from agentrl.sampling.sampler import Sampler
+from agentrl.training.optimizer import make_optimizer
+from agentrl.training.packing import Outcome, pack, sequences_of
+from agentrl.training.state import LearnerState
+from agentrl.training.step import make_update
+
+CONTEXT = W.prompt_length + W.turns * W.new_tokens + (W.turns - 1) * W.observation_length
+
+
+class Ids:
+  """Stands where a tokenizer would: the workload is in ids, and no stop string is asked for."""
+
+  def decode(self, ids) -> str:
+    """Returns nothing: nobody reads the text."""
+    return ''
+
+
+def model() -> ModelConfig:
+  """Returns the policy of the workload."""
+  return ModelConfig(
+      vocab_size=W.vocabulary, num_layers=W.layers, width=W.width, ff_width=W.feed_forward, num_heads=W.heads,
+      num_kv_heads=W.kv_heads, head_dim=W.head_dim)
+
+
+@functools.cache
+def prompts() -> list[np.ndarray]:
+  """Returns the prompts' ids."""
+  return list(np.random.default_rng(0).integers(5, W.vocabulary, (W.prompts, W.prompt_length)))
+
+
+def make_engine(context: int) -> Engine:
+  """Returns an engine with a slot for each sequence and new parameters."""
+  sampler = Sampler(model(), slots=W.batch, context=context, chunk=32, row_buckets=(W.prompts, W.batch),
+                    token_buckets=(W.observation_length, W.prompt_length))
+  sampler.set_params(init_params(model(), jax.random.key(0)))
+  return Engine(sampler, Ids(), limits=Limits(turn_tokens=W.new_tokens, trajectory_tokens=W.turns * W.new_tokens,
+                                              context_tokens=context, turns=W.turns))
+
+
+def jobs(turns: int, tool_seconds: float | None, turn_ends: list[list[float]]) -> list[Job]:
+  """Returns the workload's trajectories; each appends to `turn_ends` when a turn of it ended."""
+  observation = np.random.default_rng(1).integers(5, W.vocabulary, W.observation_length)
+
+  def program(prompt):
+    async def run(session):
+      session.append(prompt)
+      for turn in range(turns):
+        if turn:
+          session.append(observation)
+        await session.generate()
+        turn_ends[turn].append(time.perf_counter())
+        if tool_seconds is not None and turn < turns - 1:
+          await asyncio.sleep(tool_seconds)
+      session.finish(Status.FINISHED)
+    return run
+
+  return [Job(Task(str(i), 'benchmark', (), None), k, str(i), program(prompt))
+          for i, prompt in enumerate(prompts()) for k in range(W.group)]
+
+
+def roll(engine: Engine, turns: int, tool_seconds: float | None = None):
+  """Returns the trajectories of one rollout and the seconds of each turn, by its last sample."""
+  ends: list[list[float]] = [[] for _ in range(turns)]
+  start = time.perf_counter()
+  trajectories = engine.collect(jobs(turns, tool_seconds, ends))
+  edges = [start] + [max(e) for e in ends]
+  assert all(t.num_sampled == turns * W.new_tokens for t in trajectories)
+  return trajectories, np.diff(edges).tolist()
+
+
+def decode(reps: int) -> dict:
+  """Samples 64 tokens for 8 prompts of 4 samples, prefill included."""
+  engine = make_engine(W.prompt_length + W.new_tokens)
+  _, times = common.timed(lambda: roll(engine, 1), reps)
+  return {**times, 'tokens': W.batch * W.new_tokens, 'parameters': num_params(model())}
+
+
+def three_turns(reps: int, tool_seconds: float | None = None) -> dict:
+  """Three turns over the live cache."""
+  engine = make_engine(CONTEXT)
+  engine.sampler.warm_up()
+  (_, turn_seconds), times = common.timed(lambda: roll(engine, W.turns, tool_seconds), reps)
+  stats = dataclasses.asdict(engine.stats)
+  return {**times, 'tokens': W.batch * W.turns * W.new_tokens, 'turn_seconds': turn_seconds,
+          'parameters': num_params(model()), 'engine': stats}
+
+
+def three_turns_tool(reps: int) -> dict:
+  """The same with a tool that sleeps between turns."""
+  return three_turns(reps, common.TOOL_SECONDS)
+
+
+class Learner:
+  """The update that a GRPO run makes."""
+
+  def __init__(self, length: int):
+    optimizer = make_optimizer('adamw', 1e-5)
+    params = init_params(model(), jax.random.key(0))
+    self.state = LearnerState(params, optimizer.init(params), np.int32(0))
+    self._update = make_update(model(), optimizer, grpo(), micro_batches=1)
+    self._length = length
+
+  def step(self, sequences):
+    """Packs and updates; blocks."""
+    random = np.random.default_rng(0)
+    outcome = Outcome(np.repeat(np.arange(W.prompts, dtype=np.int32), W.group),
+                      random.standard_normal(W.batch).astype(np.float32), np.ones(W.batch, np.float32),
+                      np.ones(W.batch, bool))
+    batch, used = pack(sequences, outcome, rows=W.batch, row_length=self._length)
+    self.state, metrics = self._update(self.state, batch, np.int32(used))
+    jax.block_until_ready((self.state.params, metrics))
+
+
+def update(reps: int) -> dict:
+  """One GRPO update on 32 sequences of 128 tokens: forward, backward, AdamW."""
+  engine = make_engine(W.prompt_length + W.new_tokens)
+  sequences = sequences_of(roll(engine, 1)[0])
+  engine.close()
+  learner = Learner(W.prompt_length + W.new_tokens)
+  _, times = common.timed(lambda: learner.step(sequences), reps)
+  return {**times, 'tokens': W.batch * (W.prompt_length + W.new_tokens), 'parameters': num_params(model())}
+
+
+def iteration(reps: int) -> dict:
+  """Weights to the sampler, rollout, packing, update."""
+  engine = make_engine(W.prompt_length + W.new_tokens)
+  learner = Learner(W.prompt_length + W.new_tokens)
+
+  def step():
+    engine.sampler.set_params(learner.state.params)
+    learner.step(sequences_of(roll(engine, 1)[0]))
+
+  _, times = common.timed(step, reps)
+  return {**times, 'tokens': W.batch * (W.prompt_length + W.new_tokens), 'parameters': num_params(model())}
+
+
+PHASES = {f.__name__: f for f in (decode, update, iteration, three_turns, three_turns_tool)}
+
+if __name__ == '__main__':
+  args = common.arguments(__doc__, PHASES)
+  common.report('agentrl', args, ['agentrl', 'jax', 'optax'], PHASES[args.phase](args.reps))
+  os._exit(0)
