@@ -23,7 +23,8 @@ _LEVELS = {
     'agents': 5,
     'evaluation': 6, 'synthesis': 6,
     'training': 7,
-    'viz': 8, 'main': 8,
+    'viz': 8,
+    'main': 9,
 }
 _HOST_ONLY = ('tools', 'rewards', 'experience', 'envs', 'core/types', 'core/config',
               'core/command_line', 'tokens/formats')
