@@ -12,27 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from agentrl.algorithms import credit
-
-
-def _shift_left(x, fill):
-  return jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], fill)], axis=1)
-
-
-def sequence_continues(segment_ids: chex.Array) -> chex.Array:
-  """Returns [B, T] bool: whether the next token of the row belongs to the same sequence."""
-  chex.assert_rank(segment_ids, 2)
-  return (_shift_left(segment_ids, 0) == segment_ids) & (segment_ids > 0)
-
-
-def _reverse_recurrence(decay, x):
-  """Solves y[:, t] = x[:, t] + decay[:, t] y[:, t + 1], y = 0 past the end, in log2(T) steps."""
-
-  def combine(later, earlier):
-    decay_later, y_later = later
-    decay_earlier, y_earlier = earlier
-    return decay_earlier * decay_later, y_earlier + decay_earlier * y_later
-
-  return jax.lax.associative_scan(combine, (decay, x), reverse=True, axis=1)[1]
+from agentrl.core import masked
 
 
 def place_terminal_reward(rewards: chex.Array, trajectory_ids: chex.Array, segment_ids: chex.Array,
@@ -60,10 +40,9 @@ def place_terminal_reward(rewards: chex.Array, trajectory_ids: chex.Array, segme
   chex.assert_rank([rewards, trajectory_ids, segment_ids, loss_mask], [1, 2, 2, 2])
   chex.assert_equal_shape([trajectory_ids, segment_ids, loss_mask])
   chex.assert_type([rewards, loss_mask], [jnp.float32, bool])
-  within = sequence_continues(segment_ids).astype(jnp.float32)
-  from_here = _reverse_recurrence(within, loss_mask.astype(jnp.float32))
-  last = loss_mask & (from_here == 1)
-  return jnp.where(last, credit.of_trajectory(rewards, trajectory_ids), 0.0)
+  index = jax.lax.broadcasted_iota(jnp.int32, loss_mask.shape, 1)
+  last = masked.row_segment_max(jnp.where(loss_mask, index, -1), segment_ids)
+  return jnp.where(loss_mask & (index == last), credit.of_trajectory(rewards, trajectory_ids), 0.0)
 
 
 def gae(rewards: chex.Array, values: chex.Array, loss_mask: chex.Array, segment_ids: chex.Array, *,
@@ -102,12 +81,20 @@ def gae(rewards: chex.Array, values: chex.Array, loss_mask: chex.Array, segment_
   chex.assert_equal_shape([rewards, values, loss_mask, segment_ids])
   chex.assert_type([rewards, values, loss_mask], [jnp.float32, jnp.float32, bool])
   rewards, values = (jax.lax.stop_gradient(jnp.where(loss_mask, x, 0.0)) for x in (rewards, values))
-  continues = sequence_continues(segment_ids)
-  within = continues.astype(jnp.float32)
-  # The value of the first token in the loss at or after t: what an environment token hands through.
-  first_value = _reverse_recurrence(jnp.where(loss_mask, 0.0, within), values)
-  next_value = jnp.where(continues, _shift_left(first_value, 0), 0.0)
-  delta = jnp.where(loss_mask, rewards + gamma * next_value - values, 0.0)
-  advantages = _reverse_recurrence(jnp.where(loss_mask, gamma * lam * within, within), delta)
-  advantages = jnp.where(loss_mask, advantages, 0.0)
+
+  def step(carry, at):
+    next_value, last, segment = carry
+    reward, value, mask, own_segment = at
+    same = segment == own_segment
+    next_value, last = (jnp.where(same, x, 0.0) for x in (next_value, last))
+    advantage = reward + gamma * next_value - value + gamma * lam * last
+    # What is not the policy's hands both through unchanged, as if it were not there.
+    carry = jnp.where(mask, value, next_value), jnp.where(mask, advantage, last), own_segment
+    return carry, jnp.where(mask, advantage, 0.0)
+
+  zeros = jnp.zeros(rewards.shape[0], jnp.float32)
+  over_time = [jnp.swapaxes(x, 0, 1) for x in (rewards, values, loss_mask, segment_ids)]
+  start = zeros, zeros, jnp.zeros_like(segment_ids[:, 0])
+  _, advantages = jax.lax.scan(step, start, over_time, reverse=True)
+  advantages = jnp.swapaxes(advantages, 0, 1)
   return advantages, advantages + values

@@ -88,10 +88,29 @@ def row_segment_sum(x: chex.Array, ids: chex.Array) -> chex.Array:
     >>> row_segment_sum(jnp.array([[1., 2., 4.]]), jnp.array([[1, 1, 2]])).tolist()
     [[3.0, 3.0, 4.0]]
   """
+  return _over_rows(jax.ops.segment_sum, x, ids)
+
+
+def row_segment_max(x: chex.Array, ids: chex.Array) -> chex.Array:
+  """Gives every entry the largest of the entries of its row that share its id.
+
+  Args:
+    x: [B, T].
+    ids: [B, T] int32, from 0 to T.
+  Returns:
+    [B, T], of `x`'s dtype.
+  Example:
+    >>> row_segment_max(jnp.array([[1, 4, 2]]), jnp.array([[1, 1, 2]])).tolist()
+    [[4, 4, 2]]
+  """
+  return _over_rows(jax.ops.segment_max, x, ids)
+
+
+def _over_rows(reduce, x, ids):
   chex.assert_rank([x, ids], 2)
   chex.assert_equal_shape([x, ids])
 
   def one_row(row, row_ids):
-    return jax.ops.segment_sum(row, row_ids, num_segments=row.shape[0] + 1)[row_ids]
+    return reduce(row, row_ids, num_segments=row.shape[0] + 1)[row_ids]
 
   return jax.vmap(one_row)(x, ids)
