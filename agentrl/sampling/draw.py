@@ -99,6 +99,8 @@ def _race(weights, keys):
   sums = jnp.sum(blocks, axis=-1)
   count = sums.shape[1]
   times = jax.vmap(lambda key: jax.random.exponential(key, (count + BLOCK,)))(keys)
+  # One time in 2^23 is 0, and 0 / 0 would let a token without weight win.
+  times = jnp.maximum(times, jnp.finfo(jnp.float32).tiny)
   block = jnp.argmax(sums / times[:, :count], axis=-1)
   inner = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
   index = jnp.argmax(inner / times[:, count:], axis=-1)
