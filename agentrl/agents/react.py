@@ -32,7 +32,7 @@ def react(environment: Any, template: Any, task: Task, *, stops: Sequence[str] =
         step = await episode.step(turn.text, turn.stop_reason)
         session.observe(turn, step.calls, step.results)
         if step.done:
-          session.finish(step.status, answer=step.answer, boundary=step.boundary)
+          session.finish(step.status, answer=step.answer, boundary=step.boundary, detail=step.detail)
         else:
           session.append(template.render(step.messages, add_generation_prompt=True))
     finally:
