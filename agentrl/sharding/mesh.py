@@ -30,13 +30,16 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     shape: Devices along each axis; axes left out have 1, and one axis may be -1 for all that remain.
     devices: To lay out; all of the process group's if None.
   Raises:
-    ValueError: if an axis is unknown or the product is not the number of devices.
+    ValueError: if an axis is unknown, a size is below 1, or the product is not the number of devices.
   """
   devices = list(jax.devices() if devices is None else devices)
   unknown = sorted(set(shape) - set(MESH_AXES))
   if unknown:
     raise ValueError(f'mesh axis {unknown[0]!r} is unknown; known: {", ".join(MESH_AXES)}')
   sizes = [shape.get(axis, 1) for axis in MESH_AXES]
+  if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+    named = ' x '.join(f'{axis}={size}' for axis, size in zip(MESH_AXES, sizes))
+    raise ValueError(f'{named} is no mesh: axes must be at least 1, and only one may be -1')
   if sizes.count(-1) == 1:
     rest = math.prod(s for s in sizes if s != -1)
     sizes[sizes.index(-1)] = max(1, len(devices) // rest)
