@@ -41,7 +41,7 @@ class Job:
 
 @dataclasses.dataclass
 class EngineStats:
-  """What the engine did since it was made or `reset`: seconds, tokens and counts."""
+  """What the engine did since its `stats` were last replaced: seconds, tokens and counts."""
 
   decode_seconds: float = 0.0
   extend_seconds: float = 0.0
@@ -65,7 +65,12 @@ class Engine:
       tokenizer: See `agentrl.tokens.tokenizer.Tokenizer`.
       limits: Of every trajectory, unless a program's session is given others.
       seed: Of all draws.
+    Raises:
+      ValueError: if the sampler has no room for the limits' context.
     """
+    if limits.context_tokens > sampler.capacities[-1]:
+      raise ValueError(f'context_tokens={limits.context_tokens} is above the sampler\'s largest cache capacity of '
+                       f'{sampler.capacities[-1]} tokens')
     self.sampler = sampler
     self.tokenizer = tokenizer
     self.limits = limits
@@ -111,18 +116,23 @@ class Engine:
     runs = [self.adopt(s, job.program, on_done) for s, job in zip(sessions, jobs)]
     try:
       await self._pump()
-      await asyncio.gather(*runs)
+      for outcome in await asyncio.gather(*runs, return_exceptions=True):
+        if isinstance(outcome, Exception):
+          raise outcome
     finally:
       for task in list(self._tasks):
         task.cancel()
       await asyncio.gather(*self._tasks, return_exceptions=True)
+      # A decode that was under way when we were cancelled would write the next collection's cache.
+      self._pool.submit(lambda: None).result()
       self._queue.clear()
       self._ready.clear()
       self.stats.total_seconds += time.perf_counter() - started
     return [s.trajectory for s in sessions]
 
   def adopt(self, session: Session, program: Program, on_done=None) -> asyncio.Task:
-    """Starts a program on a session: a job's, or a fork's. Returns its asyncio task, which never raises."""
+    """Starts a program on a session: a job's, or a fork's. Returns its asyncio task, which raises only what `on_done`
+    does."""
     task = asyncio.create_task(self._run(session, program, on_done))
     self._tasks.add(task)
     task.add_done_callback(self._tasks.discard)
@@ -140,8 +150,11 @@ class Engine:
     except TrajectoryEnded as e:
       session.finish(e.status, boundary=e.boundary, detail=str(e))
     except asyncio.CancelledError:
-      session.finish(Status.CUT, boundary=Boundary.ENGINE, detail='cancelled')
-      raise
+      if not asyncio.current_task().cancelling():
+        session.finish(Status.AGENT_FAILURE, boundary=Boundary.AGENT, detail='something awaited was cancelled')
+      else:
+        session.finish(Status.CUT, boundary=Boundary.ENGINE, detail='cancelled')
+        raise
     except Exception as e:  # pylint: disable=broad-except  # the agent boundary: one program, one trajectory
       logging.exception('The agent program failed on task %s', trajectory.task.id)
       session.finish(Status.AGENT_FAILURE, boundary=Boundary.AGENT, detail=f'{type(e).__name__}: {e}')
@@ -154,19 +167,30 @@ class Engine:
   # ---- what sessions ask for -------------------------------------------------------------------
 
   def split_stops(self, stops: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Returns (ids of the stops that are one piece, the other stops)."""
+    """Returns (ids of the stops that are one piece, the stops to look for in the text).
+
+    Only a marker is found by its id alone; the text of any other piece may be part of a longer one.
+    """
     if stops not in self._stop_cache:
+      if '' in stops:
+        raise ValueError(f'a stop must not be empty: {stops}')
       encoded = [self.tokenizer.encode(s, allow_markers=True) for s in stops]
       ids = tuple(e[0] for e in encoded if len(e) == 1)
       if len(ids) > MAX_STOPS:
         raise ValueError(f'{len(ids)} stop tokens, but at most {MAX_STOPS} are supported: {stops}')
-      self._stop_cache[stops] = ids, tuple(s for s, e in zip(stops, encoded) if len(e) != 1)
+      self._stop_cache[stops] = ids, tuple(s for s in stops if s not in self.tokenizer.markers)
     return self._stop_cache[stops]
 
   def submit(self, session: Session):
     """Takes a session's request for a turn."""
     (self._queue if session.slot is None else self._ready).append(session)
     self._wake.set()
+
+  def withdraw(self, session: Session):
+    """Takes back a session's request for a turn."""
+    for waiting in (self._queue, self._ready):
+      if session in waiting:
+        waiting.remove(session)
 
   def rolled_back(self, session: Session):
     """Takes note that a session's context became shorter."""
@@ -279,9 +303,7 @@ class Engine:
       self._owners[session.slot] = None
       session.slot = None
       session.cached = 0
-    for waiting in (self._queue, self._ready):
-      if session in waiting:
-        waiting.remove(session)
+    self.withdraw(session)
 
   def _forget_cache(self):
     """The weights changed: nothing in the cache is of use."""
@@ -310,18 +332,19 @@ class Engine:
   async def _decode(self):
     """Draws one chunk for every ready session and hands out what is done."""
     started = time.perf_counter()
-    active = {s.slot: s for s in self._ready}
+    active = {s.slot: (s, s.request) for s in self._ready}
     chunk = self.sampler.chunk
     self.sampler.reserve(max(len(s.context) + min(chunk, s.request.budget) for s in self._ready))
     requests = {
         slot: SlotRequest(int(s.context.tail(-1)[0]), s.cached, s.request.budget, s.seed, s.request.stop_ids)
-        for slot, s in active.items()}
+        for slot, (s, _) in active.items()}
     # Back to the host as soon as a quarter are done: others may want their slots, or they their tools.
     floor = len(active) - max(1, (len(active) + 3) // 4)
     draws = await asyncio.get_running_loop().run_in_executor(self._pool, self.sampler.decode, requests, floor)
     now = time.perf_counter()
-    for slot, session in active.items():
-      if session.slot == slot and session.request is not None:
+    for slot, (session, request) in active.items():
+      # It may have been cancelled, or another turn asked for, meanwhile.
+      if session.slot == slot and session.request is request:
         self._record(session, draws[slot], now)
     self.stats.decode_seconds += now - started
     self.stats.decoded_tokens += sum(len(d.tokens) for d in draws.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 from typing import TYPE_CHECKING, Sequence
 
@@ -86,7 +87,9 @@ class Session:
       tokens: [n] ids. They enter the cache with the next turn.
     Raises:
       TrajectoryEnded: if the context has no room for them.
+      RuntimeError: if the trajectory has ended, or a turn is being sampled.
     """
+    self._check_open()
     room = self.limits.context_tokens - len(self.context)
     if len(tokens) > room:
       raise TrajectoryEnded(Status.LENGTH, Boundary.ENVIRONMENT,
@@ -95,7 +98,7 @@ class Session:
     self.context.append_forced(tokens, self.num_turns)
 
   async def generate(self, *, stops: Sequence[str] = (), max_tokens: int | None = None) -> Turn:
-    """Samples one turn and returns it, recorded.
+    """Samples one turn and returns it, recorded. Cancelled, it leaves the context as it was.
 
     Args:
       stops: Strings that end the turn; kept in it. One that is a single piece stops on the device, another is found
@@ -103,8 +106,10 @@ class Session:
       max_tokens: Budget of the turn; the limits' if None.
     Raises:
       TrajectoryEnded: if no turn or no token is left to sample, or nothing was appended yet.
-      ValueError: if max_tokens is below 1.
+      ValueError: if max_tokens is below 1, or a stop is empty, or too many stops are single pieces.
+      RuntimeError: if the trajectory has ended, or a turn is being sampled.
     """
+    self._check_open()
     if max_tokens is not None and max_tokens < 1:
       raise ValueError(f'max_tokens={max_tokens} must be at least 1')
     if not len(self.context):
@@ -119,8 +124,14 @@ class Session:
     start = len(self.context)
     self.request = Request(budget, stop_ids, stop_texts, start)
     self.engine.submit(self)
-    reason = await self.request.future
-    self.request = None
+    try:
+      reason = await self.request.future
+    except asyncio.CancelledError:
+      self.engine.withdraw(self)
+      self._cut(start)
+      raise
+    finally:
+      self.request = None
     if reason == 'length' and budget < turn_budget:
       reason = 'context'
     text = self.engine.tokenizer.decode(self.context.tail(start).tolist())
@@ -150,10 +161,26 @@ class Session:
     return len(self.context), self.num_turns
 
   def rollback(self, mark: tuple[int, int]):
-    """Forgets every token and turn since `mark`; nothing is recomputed."""
+    """Forgets every token and turn since `mark`; nothing is recomputed.
+
+    The same tokens are drawn again from there unless something else is appended first.
+
+    Raises:
+      RuntimeError: if the trajectory has ended, or a turn is being sampled.
+    """
+    self._check_open()
     length, turns = mark
-    self.context.truncate(length)
     del self.trajectory.turns[turns:]
+    self._cut(length)
+
+  def _check_open(self):
+    if self.finished:
+      raise RuntimeError(f'the trajectory has ended ({self.trajectory.status.value})')
+    if self.request is not None:
+      raise RuntimeError('a turn is being sampled; await it first')
+
+  def _cut(self, length: int):
+    self.context.truncate(length)
     self.cached = min(self.cached, max(0, length - 1))
     self.engine.rolled_back(self)
 
@@ -170,5 +197,5 @@ class Session:
       forks.append(Session(self.engine, Trajectory(
           task=t.task, sample=t.sample, group_id=t.group_id, seed=t.seed, policy_version=t.policy_version, path=path,
           parent_path=t.path, fork_point=len(self.context), segments=[s.copy() for s in t.segments],
-          turns=list(t.turns)), self.limits))
+          turns=[dataclasses.replace(turn) for turn in t.turns]), self.limits))
     return forks
