@@ -1,0 +1,218 @@
+"""What every registered objective must do, found by name: a new one is tested before its author
+writes a test.
+
+Add a variant below where an objective's options change which code runs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from agentrl import algorithms
+from agentrl.algorithms import objective as objectives
+from agentrl.algorithms.examples import example_batch
+from agentrl.algorithms.objective import PolicyOutputs
+
+VARIANTS = {
+    'grpo with KL and entropy': ('grpo', dict(kl_coef=.1, entropy_coef=.01, clip_dual=3.)),
+    'Dr.GRPO': ('grpo', dict(advantage='center', aggregation='sum_over_constant', max_tokens=20)),
+    'RLOO': ('grpo', dict(advantage='loo', ratio='off', clip='log_likelihood',
+                          aggregation='seq_mean_tok_sum')),
+    'LOOP': ('grpo', dict(advantage='loo', ratio='trajectory_prod', clip='recip', clip_high=.1)),
+    'CISPO': ('grpo', dict(clip='weight_sg')),
+    'GSPO': ('grpo', dict(ratio='sequence_geo', aggregation='seq_mean_tok_mean')),
+    'IPA-like': ('grpo', dict(ratio='segment_geo', clip='one_sided_neg')),
+    'ppo with KL in reward': ('ppo', dict(gamma=.9, lam=.8, kl_in_reward=.1, value_clip=None)),
+    **{name: (name, {}) for name in algorithms.OBJECTIVES.names()},
+}
+
+
+@functools.cache
+def _make(variant):
+  name, options = VARIANTS[variant]
+  return algorithms.make(name, **options)
+
+
+@functools.cache
+def _jitted(variant, parts=1):
+  """(outputs, batch) -> loss, metrics and gradient, summed over micro-batches."""
+  made = _make(variant)
+
+  def whole(outputs, batch):
+    loss_batch = objectives.split_rows(made.prepare(batch), parts)
+    cut = lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+    one = lambda pair: jax.value_and_grad(made.loss, has_aux=True)(*pair)
+    (losses, metrics), gradients = jax.lax.map(one, (jax.tree.map(cut, outputs), loss_batch))
+    join = lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+    return (jnp.sum(losses), objectives.summarise(objectives.combine(metrics)),
+            jax.tree.map(join, gradients))
+
+  return jax.jit(whole)
+
+
+def _run(variant, batch, outputs, parts=1):
+  return _jitted(variant, parts)(outputs, batch)
+
+
+@functools.cache
+def _batch(seed=0, packed=True):
+  return example_batch(seed, packed=packed, min_rows=8)
+
+
+every_objective = pytest.mark.parametrize('variant', VARIANTS)
+
+
+@every_objective
+def test_forced_tokens_and_padding_get_exactly_zero_gradient(variant):
+  batch, outputs = _batch()
+  _, _, gradients = _run(variant, batch, outputs)
+  assert np.any(np.asarray(gradients.log_probs) != 0)
+  for gradient in gradients:
+    np.testing.assert_array_equal(np.asarray(gradient)[~batch.loss_mask], 0)
+
+
+@every_objective
+def test_what_stands_on_forced_tokens_is_not_read(variant):
+  batch, outputs = _batch()
+  loss, _, gradients = _run(variant, batch, outputs)
+
+  def spoil(x):
+    return np.where(batch.loss_mask, x, np.float32(np.nan))
+
+  dirty = batch._replace(**{k: spoil(getattr(batch, k)) for k in (
+      'behaviour_log_probs', 'reference_log_probs', 'values')})
+  other, metrics, same = _run(variant, dirty, PolicyOutputs(*map(spoil, outputs)))
+  np.testing.assert_array_equal(loss, other)
+  jax.tree.map(np.testing.assert_array_equal, gradients, same)
+  assert all(np.isfinite(v) for v in metrics.values())
+
+
+@every_objective
+@pytest.mark.parametrize('parts', [2, 4])
+def test_micro_batches_give_the_loss_gradient_and_metrics_of_the_whole(variant, parts):
+  batch, outputs = _batch()
+  whole = _run(variant, batch, outputs)
+  split = _run(variant, batch, outputs, parts)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), split, whole)
+
+
+@every_objective
+def test_packed_and_unpacked_rows_agree(variant):
+  batch, outputs = _batch()
+  loose_batch, loose_outputs = _batch(packed=False)
+  loss, _, gradients = _run(variant, batch, outputs)
+  loose, _, loose_gradients = _run(variant, loose_batch, loose_outputs)
+  np.testing.assert_allclose(loss, loose, rtol=1e-5, atol=1e-6)
+  for packed, unpacked in zip(gradients, loose_gradients):
+    # Both visit the trajectories in order, token by token.
+    np.testing.assert_allclose(np.asarray(packed)[batch.loss_mask],
+                               np.asarray(unpacked)[loose_batch.loss_mask], rtol=1e-4, atol=1e-6)
+
+
+@every_objective
+def test_the_compiled_loss_is_the_uncompiled_one(variant):
+  made, (batch, outputs) = _make(variant), _batch()
+  with jax.numpy_dtype_promotion('strict'):
+    loss, _ = made.loss(jax.tree.map(jnp.asarray, outputs),
+                        made.prepare(jax.tree.map(jnp.asarray, batch)))
+  np.testing.assert_allclose(loss, _run(variant, batch, outputs)[0], rtol=1e-5, atol=1e-6)
+
+
+def _edge_cases(batch, outputs):
+  silent = batch.loss_mask & (batch.trajectory_ids != 3)
+  count = batch.rewards.size
+  yield 'nothing in the loss', batch._replace(loss_mask=np.zeros_like(silent)), outputs
+  yield 'a trajectory without a token', batch._replace(loss_mask=silent), outputs
+  yield 'no weight', batch._replace(weights=np.zeros_like(batch.weights)), outputs
+  yield 'no baseline', batch._replace(baseline_mask=np.zeros(count, bool)), outputs
+  yield 'groups of one', batch._replace(group_ids=np.arange(count, dtype=np.int32)), outputs
+  yield 'equal rewards', batch._replace(rewards=np.full(count, .1, np.float32)), outputs
+  alone = np.cumsum(batch.loss_mask.reshape(-1)).reshape(silent.shape) == 1
+  yield 'one token', batch._replace(loss_mask=batch.loss_mask & alone), outputs
+  for move in (-1e4, 1e4):
+    yield f'moved by {move}', batch, outputs._replace(log_probs=outputs.log_probs + move)
+
+
+@every_objective
+def test_edge_cases_give_finite_numbers(variant):
+  batch, outputs = _batch()
+  for case, edge_batch, edge_outputs in _edge_cases(batch, outputs):
+    for leaf in jax.tree.leaves(_run(variant, edge_batch, edge_outputs)):
+      assert np.all(np.isfinite(leaf)), case
+
+
+@every_objective
+@pytest.mark.parametrize('field', ['loss_mask', 'weights'])
+def test_a_batch_without_signal_has_zero_loss_and_gradient(variant, field):
+  batch, outputs = _batch()
+  empty = batch._replace(**{field: np.zeros_like(getattr(batch, field))})
+  loss, _, gradients = _run(variant, empty, outputs)
+  assert loss == 0
+  for gradient in gradients:
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@every_objective
+def test_a_trajectory_of_weight_zero_outside_the_baseline_might_as_well_not_be_there(variant):
+  batch, outputs = _batch()
+  gone = batch.trajectory_ids == 2
+  marked = batch._replace(
+      weights=np.where(np.arange(batch.weights.size) == 2, np.float32(0), batch.weights),
+      baseline_mask=batch.baseline_mask & (np.arange(batch.weights.size) != 2))
+  loss, _, gradients = _run(variant, marked, outputs)
+  for gradient in gradients:
+    np.testing.assert_array_equal(np.asarray(gradient)[gone], 0)
+  # Its reward may even be NaN, as when the reward function failed.
+  broken = np.where(np.arange(batch.rewards.size) == 2, np.float32(np.nan), batch.rewards)
+  np.testing.assert_array_equal(_run(variant, marked._replace(rewards=broken), outputs)[0], loss)
+  # Erased: its tokens are padding. Sequences of a row need not have neighbouring numbers.
+  erased = marked._replace(
+      loss_mask=batch.loss_mask & ~gone, segment_ids=np.where(gone, 0, batch.segment_ids),
+      trajectory_ids=np.where(gone, -1, batch.trajectory_ids))
+  np.testing.assert_allclose(_run(variant, erased, outputs)[0], loss, rtol=1e-5, atol=1e-6)
+
+
+@every_objective
+def test_the_order_of_rows_is_of_no_account(variant):
+  batch, outputs = _batch()
+  order = np.random.default_rng(0).permutation(len(batch.tokens))
+  shuffled = batch._replace(**{k: v[order] for k, v in batch._asdict().items()
+                               if v is not None and v.ndim == 2})
+  loss, _, _ = _run(variant, batch, outputs)
+  other, _, _ = _run(variant, shuffled, PolicyOutputs(*(x[order] for x in outputs)))
+  np.testing.assert_allclose(loss, other, rtol=1e-5, atol=1e-6)
+
+
+@every_objective
+def test_rows_of_padding_change_nothing(variant):
+  batch, outputs = _batch()
+  more_batch, more_outputs = example_batch(0, min_rows=12, spare=5)
+  loss, metrics, _ = _run(variant, batch, outputs)
+  other, same, _ = _run(variant, more_batch, more_outputs)
+  np.testing.assert_allclose(loss, other, rtol=1e-5, atol=1e-6)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(same[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize('name', algorithms.OBJECTIVES.names())
+def test_on_policy_the_gradient_raises_what_was_good_and_lowers_what_was_bad(name):
+  batch, outputs = _batch()
+  made = algorithms.make(name)
+  advantages = np.asarray(made.estimate(batch).advantages).sum(axis=0)
+  _, _, gradients = _run(name, batch, outputs._replace(log_probs=batch.behaviour_log_probs))
+  np.testing.assert_array_equal(np.sign(gradients.log_probs), -np.sign(advantages))
+  assert np.any(advantages != 0)
+
+
+@every_objective
+def test_estimates_are_zero_outside_the_loss(variant):
+  batch, _ = _batch()
+  estimated = _make(variant).estimate(batch)
+  outside = ~batch.loss_mask
+  np.testing.assert_array_equal(np.asarray(estimated.advantages)[:, outside], 0)
+  np.testing.assert_array_equal(np.asarray(estimated.returns)[outside], 0)
