@@ -16,7 +16,6 @@ import rich.console
 import rich.table
 
 from agentrl.core import command_line
-from agentrl.core.config import ConfigError
 from agentrl.training import loop
 from agentrl.viz import report
 
@@ -37,9 +36,7 @@ def main(config: ConfigDict) -> int:
   except loop.Interrupted as stopped:
     console.print(f'agentrl: {stopped}')
     return 0
-  except (loop.RunError, ValueError) as error:
-    if isinstance(error, ConfigError):
-      raise
+  except loop.RunError as error:
     logging.debug('Refused', exc_info=True)
     sys.stderr.write(f'agentrl: {error}\n')
     return 2

@@ -31,6 +31,8 @@ from agentrl.tools import base as tools
 from agentrl.tools import executor as executors
 from agentrl.training import demonstrations
 
+TOKENIZER_NAME = 'tokenizer.model'
+
 
 @dataclasses.dataclass
 class Parts:
@@ -184,7 +186,7 @@ def _demonstrations(config: ConfigDict, workdir: pathlib.Path, source: Any, exec
 
 def _tokenizer(config: ConfigDict, workdir: pathlib.Path, chats: Callable[[], list[demonstrations.Chat]],
                call_format: Any, named_tools: list[tools.Tool]) -> tokenizers.Tokenizer:
-  path = pathlib.Path(config.tokenizer.path or workdir / 'tokenizer.model')
+  path = pathlib.Path(config.tokenizer.path or workdir / TOKENIZER_NAME)
   if path.exists() or config.tokenizer.path:
     return tokenizers.Tokenizer.load(str(path))
   texts = [m.content for messages in chats() for m in messages]

@@ -18,10 +18,12 @@ import numpy as np
 
 from agentrl.checkpointing.checkpoints import Checkpointer
 from agentrl.core import config as configs
+from agentrl.core.registry import UnknownNameError
 from agentrl.metrics.progress import Progress
 from agentrl.metrics.timing import CompileCounter
 from agentrl.metrics.writers import MetricsWriter
-from agentrl.training.build import Parts, build
+from agentrl.training import demonstrations
+from agentrl.training.build import Parts, TOKENIZER_NAME, build
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
 
@@ -49,22 +51,24 @@ def run(config: ConfigDict, workdir: str | os.PathLike,
     workdir: The run's folder, made if missing.
     on_stage_end: Called with the workdir when a stage has ended, if the config wants a report.
   Raises:
-    RunError: if the workdir cannot be used, is in use, or belongs to another config.
+    RunError: if the workdir cannot be used, is in use, or belongs to another config, or a part of the run refuses
+      its settings or its data.
     Interrupted: after SIGTERM or SIGINT, with the state saved.
   """
   workdir = pathlib.Path(workdir)
-  with _claimed(workdir), _StopSignals() as stop, CompileCounterContext() as compiles:
-    _check_same_config(config, workdir)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(_claimed(workdir))
+    stop = stack.enter_context(_StopSignals())
+    compiles = stack.enter_context(CompileCounterContext())
     started = time.perf_counter()
-    parts = build(config, workdir)
-    checkpointer = Checkpointer(workdir / 'checkpoints', keep=config.checkpoint.keep)
-    try:
+    with _refusals():
+      checkpointer = stack.enter_context(
+          Checkpointer(workdir / 'checkpoints', keep=config.checkpoint.keep))
+      _check_same_config(config, workdir, bool(checkpointer.steps()))
+      parts = stack.enter_context(contextlib.closing(build(config, workdir)))
       stages = [_make_stage(parts, text) for text in config.stages]
       loop = _Loop(parts, checkpointer, stages, stop, compiles, started, on_stage_end)
-      return loop.run()
-    finally:
-      checkpointer.close()
-      parts.close()
+    return loop.run()
 
 
 class _Loop:
@@ -118,13 +122,14 @@ class _Loop:
           self._compiles.mark()
         while host.stage_step < stage.steps:
           metrics = self._step(kind, name, stage)
+          # Lines come before the state they lead to, and after the one they came from is safe: a kill leaves no hole
+          # in metrics.jsonl and costs one finished step at most.
+          metrics['seconds/checkpoint'] = self._timed('checkpoint', self._checkpointer.wait)
           writer.write(host.step - 1, kind, metrics)
           progress.update(host.stage_step, metrics)
-          if host.rejected_in_a_row >= MAX_REJECTED:
-            self._save(wait=True)
-            raise RunError(f'{MAX_REJECTED} updates in a row were not finite; their batches are in '
-                           f'{self._parts.workdir / "rejected"}. Lower the learning rate, or look at the rewards.')
+          self._save_or_stop(stage)
         self._end_stage()
+    self._write_summary()
     return self._summary()
 
   def _step(self, kind: str, name: str, stage: Any) -> dict[str, Any]:
@@ -142,11 +147,20 @@ class _Loop:
       host.results.setdefault(name, {}).update(stage.result(host))
     metrics['seconds'] = time.perf_counter() - started
     self._count(kind, metrics)
-    if self._stop.asked or host.stage_step % self._config.checkpoint.every == 0 or host.stage_step == stage.steps:
-      metrics['seconds/checkpoint'] = self._timed('checkpoint', self._save, self._stop.asked)
-    if self._stop.asked:
-      raise Interrupted(f'stopped after step {host.step}; start again with the same workdir to go on')
     return metrics
+
+  def _save_or_stop(self, stage: Any):
+    """Saves if it is time to, and ends the run if it was asked to or cannot go on."""
+    host, asked = self.host, self._stop.asked
+    failed = host.rejected_in_a_row >= MAX_REJECTED
+    due = host.stage_step % self._config.checkpoint.every == 0 or host.stage_step == stage.steps
+    if due or asked or failed:
+      self._timed('checkpoint', self._save, asked or failed)
+    if failed:
+      raise RunError(f'{host.rejected_in_a_row} updates in a row were not finite; their batches are in '
+                     f'{self._parts.workdir / "rejected"}. Lower the learning rate, or look at the rewards.')
+    if asked:
+      raise Interrupted(f'stopped after step {host.step}; start again with the same workdir to go on')
 
   def _end_stage(self):
     host = self.host
@@ -199,10 +213,7 @@ class _Loop:
     }
 
   def _write_summary(self):
-    path = self._parts.workdir / 'summary.json'
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(self._summary(), indent=2) + '\n')
-    os.replace(temporary, path)
+    _replace(self._parts.workdir / 'summary.json', json.dumps(self._summary(), indent=2) + '\n')
 
 
 def _make_stage(parts: Parts, text: str) -> tuple[str, str, Any]:
@@ -244,6 +255,15 @@ class _StopSignals(contextlib.AbstractContextManager):
 
 
 @contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+  """Words what the parts of a run refuse at its start; past it, the same errors are mistakes of this package."""
+  try:
+    yield
+  except (ValueError, UnknownNameError, OSError) as error:
+    raise RunError(str(error)) from error
+
+
+@contextlib.contextmanager
 def _claimed(workdir: pathlib.Path) -> Iterator[None]:
   """Makes the workdir and keeps other processes from running in it."""
   try:
@@ -261,14 +281,28 @@ def _claimed(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def _check_same_config(config: ConfigDict, workdir: pathlib.Path):
-  """Writes the config, or refuses one that is not the one the workdir was started with."""
+def _check_same_config(config: ConfigDict, workdir: pathlib.Path, begun: bool):
+  """Writes the config, or refuses one that is not the one the workdir was begun with.
+
+  Before the first checkpoint any config is taken, so that a setting that was refused can be mended; what was made
+  from the old one is made again.
+  """
   path = workdir / 'config.json'
   if path.exists():
     changed = {k: v for k, v in configs.diff(configs.from_json(path.read_text()), config).items()
                if not k.startswith(CHANGEABLE)}
-    if changed:
+    if changed and begun:
       listed = '; '.join(f'{k}: {old!r} -> {new!r}' for k, (old, new) in changed.items())
       raise RunError(f'{workdir} was started with another config ({listed}). Use the same one to go on, or '
                      'another --workdir.')
-  path.write_text(configs.to_json(config) + '\n')
+    if changed:
+      for name in (TOKENIZER_NAME, demonstrations.FILE_NAME):
+        (workdir / name).unlink(missing_ok=True)
+  _replace(path, configs.to_json(config) + '\n')
+
+
+def _replace(path: pathlib.Path, text: str):
+  """Writes a file that is never seen unfinished."""
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(text, encoding='utf-8')
+  os.replace(temporary, path)
