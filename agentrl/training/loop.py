@@ -23,6 +23,7 @@ from agentrl.metrics.progress import Progress
 from agentrl.metrics.timing import CompileCounter
 from agentrl.metrics.writers import MetricsWriter
 from agentrl.training import demonstrations
+from agentrl.training import rejected
 from agentrl.training.build import Parts, TOKENIZER_NAME, build
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
@@ -158,7 +159,7 @@ class _Loop:
       self._timed('checkpoint', self._save, asked or failed)
     if failed:
       raise RunError(f'{host.rejected_in_a_row} updates in a row were not finite; their batches are in '
-                     f'{self._parts.workdir / "rejected"}. Lower the learning rate, or look at the rewards.')
+                     f'{self._parts.workdir / rejected.FOLDER}. Lower the learning rate, or look at the rewards.')
     if asked:
       raise Interrupted(f'stopped after step {host.step}; start again with the same workdir to go on')
 

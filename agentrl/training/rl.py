@@ -16,6 +16,7 @@ from agentrl.rollout.engine import EngineStats, Job
 from agentrl.rollout.store import TrajectoryStore
 from agentrl.rollout.summary import summarize
 from agentrl.sampling.draw import SamplingParams
+from agentrl.training import rejected
 from agentrl.training.build import Parts, make_objective
 from agentrl.training.optimizer import make_optimizer, schedule
 from agentrl.training.packing import Outcome, pack, sequences_of
@@ -153,13 +154,8 @@ class ReinforcementStage:
 
   def _check(self, host: HostState, metrics: dict[str, Any], batches: list[TrainBatch]):
     """Counts updates that were refused, and complains where sampler and learner disagree."""
-    for batch, applied in zip(batches, metrics.pop('applied_each', [])):
-      host.rejected_in_a_row = 0 if applied else host.rejected_in_a_row + 1
-      if not applied:
-        folder = self._parts.workdir / 'rejected'
-        folder.mkdir(exist_ok=True)
-        np.savez_compressed(folder / f'step_{host.step:08d}.npz', **jax.device_get(batch)._asdict())
-        logging.error('The update of step %d is not finite and was not applied; its batch is in %s', host.step, folder)
+    for i, (batch, applied) in enumerate(zip(batches, metrics.pop('applied_each', []))):
+      rejected.note(host, self._parts.workdir, batch, applied, i)
     gap = metrics.get('log_prob_gap_max', 0.0)
     if gap > self._config.log_prob_tolerance:
       logging.error('Step %d: log-probs of sampler and learner differ by up to %.2e nats, more than '

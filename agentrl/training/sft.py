@@ -11,6 +11,7 @@ import numpy as np
 from agentrl.algorithms.supervised import supervised
 from agentrl.core.types import TrainBatch
 from agentrl.training import demonstrations
+from agentrl.training import rejected
 from agentrl.training.build import Parts
 from agentrl.training.optimizer import make_optimizer, schedule
 from agentrl.training.packing import Outcome, pack, plan_rows
@@ -58,6 +59,9 @@ class SupervisedStage:
       state, scalars = self._update(state, batch, np.int32(self._micro_batches))
       metrics.append(scalars)
     metrics = jax.device_get(metrics)
+    for i, scalars in enumerate(metrics):
+      batch = None if scalars['applied'] else self._batch(host.stage_step * n + i)
+      rejected.note(host, self._parts.workdir, batch, scalars['applied'], i)
     mean = lambda name: float(np.mean([m[name] for m in metrics]))
     seconds = time.perf_counter() - started
     # Demonstrations have behaviour log-probs of 0, so the distance from those is the negative log-likelihood.

@@ -1,0 +1,36 @@
+"""Updates that were not applied because they were not finite: counted, and their batches kept."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from absl import logging
+import jax
+import numpy as np
+
+from agentrl.core.types import TrainBatch
+from agentrl.training.state import HostState
+
+FOLDER = 'rejected'
+
+
+def note(host: HostState, workdir: pathlib.Path, batch: TrainBatch, applied: Any, index: int = 0):
+  """Counts an update in `host.rejected_in_a_row`; saves the batch of one that was refused.
+
+  Args:
+    host: Of the run, at the step in progress.
+    workdir: The run's folder; batches go to `rejected/step_00000012_0.npz`, an array a field of `TrainBatch`.
+    batch: Of the update.
+    applied: Whether it was applied.
+    index: Of the update within the step.
+  """
+  if applied:
+    host.rejected_in_a_row = 0
+    return
+  host.rejected_in_a_row += 1
+  folder = workdir / FOLDER
+  folder.mkdir(exist_ok=True)
+  path = folder / f'step_{host.step:08d}_{index}.npz'
+  np.savez_compressed(path, **jax.device_get(batch)._asdict())
+  logging.error('An update of step %d is not finite and was not applied; its batch is in %s', host.step, path)
