@@ -22,5 +22,5 @@ def supervised(*, aggregation: str = 'tok_mean', max_tokens: int | None = None) 
     False
   """
   return compose.single_channel(
-      'supervised', choices.advantage('reward_to_go', whiten=False), choices.ratio('off'), choices.clip('none'),
+      'supervised', choices.advantage('reward_to_go', whiten=False), choices.ratio('off'), choices.clip('log_likelihood'),
       choices.aggregation(aggregation, **compose.given(max_tokens=max_tokens)))
