@@ -1,7 +1,8 @@
 # Sourced by the scripts of this folder: makes .venv, installs agentrl[test,viz], activates it.
 #
 # Installs only when setup.py, this file or the interpreter changed since the last install that
-# ended well; the checksum of that install is in .venv/agentrl-install. PYTHON picks the interpreter.
+# ended well; the checksum of that install is in .venv/agentrl-install. PYTHON picks the
+# interpreter.
 # shellcheck shell=bash
 
 die() {

@@ -14,6 +14,6 @@ pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$
 echo "rivals: torch (large)"
 pip 'torch==2.13.0'
 echo "rivals: google-tunix, trl"
-pip 'google-tunix==0.1.7' 'trl==1.16.*' transformers datasets accelerate tokenizers jinja2
+pip 'google-tunix==0.1.7' 'trl==1.16.*' transformers datasets accelerate tokenizers jinja2 jmespath
 "$venv/bin/python" -m pip list --format=freeze 2>/dev/null \
   | grep -iE '^(google-tunix|trl|torch|transformers|datasets|accelerate|jax|jaxlib|flax|optax)=='
