@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import os
 import pathlib
 from typing import Any, Callable
@@ -120,6 +121,7 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Parts:
   named_tools = [tools.make(name) for name in config.tools.names]
   call_format = _call_format(config.tools.call_format, named_tools)
   sources = {split: _source(config, workdir, split) for split in ('train', 'test')}
+  _check_answers(sources)
   executor = executors.Executor(
       named_tools, limits=executors.Limits(timeout=config.tools.timeout, output=config.tools.output))
   tokenizer = _tokenizer(config, workdir, functools.partial(
@@ -135,18 +137,30 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Parts:
 
 def make_objective(config: ConfigDict) -> Any:
   """Returns the objective of the RL stage, checked against the rest of the config."""
-  objective = OBJECTIVES.get(config.rl.algorithm)(**config.rl.options)
+  objective = _make('rl.options', OBJECTIVES.get(config.rl.algorithm), **config.rl.options)
   objective.check(group_size=config.rl.group_size, value_head=objective.needs_values, reference=config.rl.reference)
   return objective
 
 
 def needs_value_head(config: ConfigDict) -> bool:
   """Whether the RL stage, if there is one, reads values."""
-  return 'rl' in config.stages and make_objective(config).needs_values
+  return any(s.partition(':')[0] == 'rl' for s in config.stages) and make_objective(config).needs_values
+
+
+def _make(section: str, factory: Callable[..., Any], **settings: Any) -> Any:
+  """Returns `factory(**settings)`; settings that it does not take are refused by their section's name."""
+  signature = inspect.signature(factory)
+  try:
+    signature.bind(**settings)
+  except TypeError as error:
+    raise ValueError(f'{section}: {error}; known: {", ".join(signature.parameters)}') from None
+  return factory(**settings)
 
 
 def _check(config: ConfigDict):
   r, t = config.rollout, config.train
+  envs.ENVIRONMENTS.get(config.environment.name)
+  needs_value_head(config)
   if t.row_length < r.context_tokens:
     raise ValueError(f'train.row_length={t.row_length} is below rollout.context_tokens={r.context_tokens}: '
                      'a trajectory would not fit a row; raise the first or lower the second')
@@ -165,7 +179,7 @@ def _source(config: ConfigDict, workdir: pathlib.Path, split: str) -> Any:
   elif 'path' not in settings and f'{split}_path' in settings:
     paths = {k: settings.pop(k) for k in ('train_path', 'test_path') if k in settings}
     settings['path'] = paths[f'{split}_path']
-  return data.make_source(d.source, **settings)
+  return _make('data.options', data.SOURCES.get(d.source), **settings)
 
 
 def _schemas(named_tools: list[tools.Tool]) -> list[dict[str, Any]]:
@@ -180,8 +194,13 @@ def _call_format(name: str, named_tools: list[tools.Tool]) -> Any:
 def _demonstrations(config: ConfigDict, workdir: pathlib.Path, source: Any, executor: executors.Executor,
                     call_format: Any) -> list[demonstrations.Chat]:
   order = np.random.default_rng(config.seed).permutation(len(source))[:config.sft.traces]
-  return demonstrations.read_or_write(workdir, [source[int(i)] for i in order], executor, call_format,
-                                      seed=config.seed, share_right=config.sft.share_right)
+  tasks = [source[int(i)] for i in order]
+  unnamed = [t.id for t in tasks if 'family' not in t.metadata]
+  if unnamed:
+    raise ValueError(f'task {unnamed[0]!r} has no "family" in its metadata, by which its demonstration would be '
+                     'scripted; add it')
+  return demonstrations.read_or_write(workdir, tasks, executor, call_format, seed=config.seed,
+                                      share_right=config.sft.share_right)
 
 
 def _tokenizer(config: ConfigDict, workdir: pathlib.Path, chats: Callable[[], list[demonstrations.Chat]],
@@ -192,12 +211,28 @@ def _tokenizer(config: ConfigDict, workdir: pathlib.Path, chats: Callable[[], li
   texts = [m.content for messages in chats() for m in messages]
   # The listing stands before every chat, so it should be few pieces.
   texts += [chat.describe_tools(_schemas(named_tools))] * 1_000
-  tokenizer = tokenizers.train_tokenizer(
-      texts, markers=call_format.markers, vocab_size=config.tokenizer.vocab_size,
-      digit_group=config.tokenizer.digit_group)
+  try:
+    tokenizer = tokenizers.train_tokenizer(
+        texts, markers=call_format.markers, vocab_size=config.tokenizer.vocab_size,
+        digit_group=config.tokenizer.digit_group)
+  except RuntimeError as error:  # what sentencepiece raises for any setting that it cannot follow
+    raise ValueError(f'tokenizer.vocab_size={config.tokenizer.vocab_size} does not suit the text: {error}') from error
   path.parent.mkdir(parents=True, exist_ok=True)
   tokenizer.save(str(path))
   return tokenizer
+
+
+def _check_answers(sources: Any):
+  """Refuses a data set with an answer that could not be scored."""
+  for split, source in sources.items():
+    for i in range(len(source)):
+      task = source[i]
+      try:
+        rewards.score_answer(None, task.ground_truth)
+      except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'the answer of {split} task {task.id!r} cannot be scored ({tools.worded(error)}): it must be an entry of '
+            'reasoning-gym, an object with "family", "question", "answer" and "metadata"') from error
 
 
 def _check_prompts(config: ConfigDict, sources: Any, template: chat.ChatTemplate, named_tools: list[tools.Tool]):
