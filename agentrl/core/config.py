@@ -22,7 +22,8 @@ What the text of an override may be follows from the type of the default:
 
 What the reference has as None can be set back to None.
 
-A section that is empty in the reference is open: a config file may put any keys there.
+A section that is empty in the reference is open: a config file may put any keys there, and so may
+an override, whose text is read as under None.
 """
 
 from __future__ import annotations
@@ -132,6 +133,11 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, str | None],
   """
   parsed = []
   for path, text in overrides.items():
+    open_section = _open_section(config, reference, path)
+    if open_section is not None:
+      key = path.rpartition('.')[2]
+      parsed.append((open_section, key, True if text is None else _convert(text, type(None))))
+      continue
     section, key = _locate(config, path)
     default, kind, nullable = section[key], section.get_type(key), section[key] is None
     if reference is not None and path in flatten(reference):
@@ -141,7 +147,7 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, str | None],
     parsed.append((section, key, _parse(path, text, default, kind, nullable)))
   for section, key, value in parsed:
     # The file may have narrowed the type that the reference gives, an int for a float.
-    with section.ignore_type():
+    with section.ignore_type(), section.unlocked():
       section[key] = value
 
 
@@ -275,6 +281,18 @@ def _locate(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
   return node, last
 
 
+def _open_section(config: ConfigDict, reference: ConfigDict | None,
+                  path: str) -> ConfigDict | None:
+  """Returns the section to put a new key in, if the reference leaves it open; None elsewhere."""
+  *sections, key = path.split('.')
+  known, node = reference, config
+  for name in sections:
+    if known is None or not isinstance(known.get(name), ConfigDict) or name not in node:
+      return None
+    known, node = known[name], node[name]
+  return node if sections and known is not None and not len(known) and key not in node else None
+
+
 def _child(config: ConfigDict, path: str, node: Any, name: str) -> Any:
   if isinstance(node, ConfigDict) and name in node:
     return node[name]
@@ -376,7 +394,8 @@ def _unknown_key(path: str, config: ConfigDict) -> str:
   if best is None or score(best) < 0.6:
     return f'unknown config key {path!r}; known sections and keys: {", ".join(config)}'
   value = flat[best]
-  return f'unknown config key {path!r}; the nearest is {best!r} ({type(value).__name__}, {value!r})'
+  kind = 'an open section' if isinstance(value, ConfigDict) else f'{type(value).__name__}, {value!r}'
+  return f'unknown config key {path!r}; the nearest is {best!r} ({kind})'
 
 
 def _wrong_type(path: str, expected: str, default: Any, got: Any) -> str:

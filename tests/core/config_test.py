@@ -241,3 +241,17 @@ def test_diff_tells_a_bool_from_an_int_and_keeps_int_equal_to_float():
 def test_flatten_keeps_empty_sections_and_placeholders():
   config = ConfigDict({'a': {}, 'b': config_dict.placeholder(int)})
   assert config_lib.flatten(config) == {'a': ConfigDict(), 'b': None}
+
+
+@pytest.mark.parametrize('path, text, value', [
+    ('tool_options.coef', '0.1', 0.1),
+    ('tool_options.clip', 'recip', 'recip'),
+    ('tool_options.whiten', None, True),
+])
+def test_overrides_may_put_keys_into_open_sections(path, text, value):
+  # What Python reads the text as; what it cannot read stays text.
+  config = _base().lock()
+  config_lib.apply_overrides(config, {path: text}, _base())
+  assert config_lib.flatten(config)[path] == value
+  with pytest.raises(config_lib.ConfigError):
+    config_lib.apply_overrides(config, {path + 'x': text})
