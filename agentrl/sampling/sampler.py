@@ -7,6 +7,7 @@ from typing import NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from agentrl.models.config import ModelConfig
@@ -112,6 +113,10 @@ class Sampler:
   def reset(self):
     """Empties the cache and makes it small again."""
     self.cache = functions.init_cache(self.config, self.slots, self.capacities[0])
+    # Where the functions' outputs live, so that the first call on an empty cache is not compiled apart.
+    of = None if self._params is None else self._params['embedding'].sharding
+    if isinstance(of, NamedSharding):
+      self.cache = jax.device_put(self.cache, NamedSharding(of.mesh, PartitionSpec()))
     # An idle slot's place in a decode writes rubbish; this is where it does no harm.
     self._held = np.zeros(self.slots, np.int32)
 
