@@ -85,8 +85,7 @@ def test_the_loss_equals_a_reference_written_from_the_definition(name, seed):
 def test_the_gradient_equals_finite_differences_of_the_reference(name):
   made, reference = CASES[name]
   batch, outputs = example_batch(2)
-  prepared = made.prepare(batch)
-  gradients = jax.jit(jax.grad(lambda o: made.loss(o, prepared)[0]))(outputs)
+  gradients = jax.jit(jax.grad(lambda o, b: made.loss(o, made.prepare(b))[0]))(outputs, batch)
   sampled = list(zip(*np.nonzero(batch.loss_mask)))
   h, rng = 1e-6, np.random.default_rng(0)
   for field, gradient in zip(outputs._fields, gradients):
@@ -100,8 +99,8 @@ def test_the_gradient_equals_finite_differences_of_the_reference(name):
 
 def test_metrics_equal_numpy_over_the_sampled_tokens():
   made, (batch, outputs) = ppo.ppo(entropy_coef=.1, kl_coef=.1), example_batch(4)
-  prepared = made.prepare(batch)
-  loss, metrics = made.loss(outputs, prepared)
+  prepared = jax.jit(made.prepare)(batch)
+  loss, metrics = jax.jit(made.loss)(outputs, prepared)
   got, mask = objective.summarise(metrics), batch.loss_mask
   ratio = np.exp((outputs.log_probs - batch.behaviour_log_probs)[mask].astype(np.float64))
   a, returns = np.asarray(prepared.advantages[:, 0])[mask], np.asarray(prepared.returns)[mask]
@@ -199,12 +198,26 @@ def test_choices_that_cannot_go_together_are_refused_with_an_alternative(make_it
     make_it()
 
 
-@pytest.mark.parametrize('axis', ['advantage', 'ratio', 'clip', 'aggregation'])
-def test_an_unknown_name_lists_the_known_ones(axis):
-  with pytest.raises(LookupError, match='Known: .*, '):
-    grpo.grpo(**{axis: 'nosuch'} if axis != 'advantage' else {'clip': 'nosuch'})
-  with pytest.raises(LookupError, match='grpo.*ppo'):
-    make('gpro')
+@pytest.mark.parametrize('make_it, known', [
+    (choices.advantage, 'gae, loo'), (choices.ratio, 'sequence_geo, token'),
+    (choices.clip, 'asym, log_likelihood'), (choices.aggregation, 'seq_mean_tok_sum, sum'),
+    (make, 'grpo, ppo'),
+])
+def test_an_unknown_name_lists_the_known_ones(make_it, known):
+  with pytest.raises(LookupError, match=f"'nosuch'.*Known: .*{known}"):
+    make_it('nosuch')
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_padding_changes_neither_loss_nor_metrics(name):
+  made, _ = CASES[name]
+  run = jax.jit(lambda o, b: made.loss(o, made.prepare(b)))
+  (loss, metrics), (other, same) = (
+      run(*example_batch(0, min_rows=rows, spare=spare)[::-1]) for rows, spare in ((0, 0), (9, 5)))
+  np.testing.assert_allclose(loss, other, rtol=1e-5)
+  want = objective.summarise(metrics)
+  for key, value in objective.summarise(same).items():
+    np.testing.assert_allclose(value, want[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
 def test_a_run_that_cannot_train_the_objective_is_refused():

@@ -161,8 +161,7 @@ def test_whitened_advantages_have_mean_zero_and_variance_one_over_the_tokens():
   np.testing.assert_allclose([a.mean(), a.var(ddof=1)], [0, 1], atol=1e-5)
 
 
-def test_trajectories_of_weight_two_are_trajectories_there_twice():
-  # Doubling every weight changes no mean; doubling one equals repeating its rows.
+def test_doubling_every_weight_changes_no_mean():
   batch, outputs = _batch()
   objective = make('grpo', aggregation='seq_mean_tok_mean')
   double = batch._replace(weights=batch.weights * 2)
