@@ -71,6 +71,7 @@ def get_config() -> ConfigDict:
   c.rollout.trajectory_tokens = 192
   c.rollout.context_tokens = 256
   c.rollout.capacities = ()  # sizes of the cache, in tokens a slot; () for a geometric series up to context_tokens
+  c.rollout.token_buckets = ()  # tokens of a row that one extension writes; () for 16 and 64
   c.rollout.temperature = 1.0
 
   c.train = ConfigDict()

@@ -25,8 +25,9 @@ Program = Callable[[Session], Awaitable[None]]
 
 # A prefix shorter than this is recomputed rather than copied from another slot.
 MIN_SHARED_TOKENS = 16
-# Sessions whose tools take no longer than this are waited for, so that they decode together.
-LINGER_SECONDS = 0.005
+# A step costs the same however few slots take part, so sessions that may come back within the time of a chunk
+# are waited for: at least and at most this long, seconds.
+LINGER_SECONDS = (0.002, 0.05)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Engine:
     self._resident = np.zeros((sampler.slots, sampler.capacities[-1]), np.int32)
     self._resident_lengths = np.zeros(sampler.slots, np.int64)
     self._owners: list[Session | None] = [None] * sampler.slots
+    self._chunk_seconds = 0.0  # running mean
     self._queue: list[Session] = []  # asked for a turn, have no slot
     self._ready: list[Session] = []  # asked for a turn, have a slot
     self._tasks: set[asyncio.Task] = set()
@@ -216,13 +218,14 @@ class Engine:
 
   async def _settle(self):
     """Lets programs run until few of those that took over a moment ago are likely to come back soon."""
-    deadline = time.perf_counter() + LINGER_SECONDS
+    linger = min(max(self._chunk_seconds, LINGER_SECONDS[0]), LINGER_SECONDS[1])
+    deadline = time.perf_counter() + linger
     await asyncio.sleep(0)
     while True:
       now = time.perf_counter()
       held = sum(1 for s in self._owners if s is not None)
       young = sum(1 for s in self._owners
-                  if s is not None and s.request is None and now - s.waiting_since < LINGER_SECONDS)
+                  if s is not None and s.request is None and now - s.waiting_since < linger)
       if now > deadline or not young or len(self._ready) >= held - held // 8:
         return
       self._wake.clear()
@@ -338,14 +341,16 @@ class Engine:
     requests = {
         slot: SlotRequest(int(s.context.tail(-1)[0]), s.cached, s.request.budget, s.seed, s.request.stop_ids)
         for slot, (s, _) in active.items()}
-    # Back to the host as soon as a quarter are done: others may want their slots, or they their tools.
-    floor = len(active) - max(1, (len(active) + 3) // 4)
+    # Back to the host as soon as some are done: others may want their slots, or they their tools.
+    enough = max((len(active) + 3) // 4, self.sampler.slots // 8, 1)
+    floor = max(0, len(active) - enough)
     draws = await asyncio.get_running_loop().run_in_executor(self._pool, self.sampler.decode, requests, floor)
     now = time.perf_counter()
     for slot, (session, request) in active.items():
       # It may have been cancelled, or another turn asked for, meanwhile.
       if session.slot == slot and session.request is request:
         self._record(session, draws[slot], now)
+    self._chunk_seconds += 0.2 * (now - started - self._chunk_seconds)
     self.stats.decode_seconds += now - started
     self.stats.decoded_tokens += sum(len(d.tokens) for d in draws.values())
     self.stats.chunks += 1

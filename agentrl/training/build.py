@@ -80,7 +80,7 @@ class Parts:
     if sampling not in self._engines:
       r = self.config.rollout
       sampler = Sampler(self.model, slots=r.slots, context=r.context_tokens, chunk=r.chunk, sampling=sampling,
-                        capacities=r.capacities or None)
+                        capacities=r.capacities or None, token_buckets=r.token_buckets or None)
       limits = Limits(turn_tokens=r.turn_tokens, trajectory_tokens=r.trajectory_tokens,
                       context_tokens=r.context_tokens, turns=self.config.environment.max_turns)
       self._engines[sampling] = Engine(sampler, self.tokenizer, limits=limits, seed=self.config.seed)
