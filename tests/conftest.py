@@ -6,7 +6,11 @@ JAX_PLATFORMS=cuda or tpu in the environment runs the tests there instead.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import pathlib
+import pathlib
+import shutil
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 _DEVICES = '--xla_force_host_platform_device_count'
@@ -17,8 +21,72 @@ if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
 os.environ.setdefault('JAX_NUMPY_RANK_PROMOTION', 'raise')
 
 import hypothesis  # noqa: E402  (the variables above come first)
+import pytest  # noqa: E402
+import pytest  # noqa: E402
 
 # Compiling and shrinking take longer than any deadline; the seed is fixed so that a run repeats.
 hypothesis.settings.register_profile('ci', deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.register_profile('thorough', deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'ci'))
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='session')
+def tiny_config():
+  """Returns a function from overrides, as on a command line, to the config of tests/training/tiny.py."""
+  from agentrl.core import config
+
+  def load(overrides=None):
+    return config.load(_ROOT / 'tests' / 'training' / 'tiny.py', overrides, _ROOT / 'configs' / 'base.py')
+
+  return load
+
+
+@pytest.fixture(scope='session')
+def tiny_folder(tiny_config, tmp_path_factory):
+  """A workdir with the data set, the demonstrations and the tokenizer of the tiny config, and nothing else."""
+  from agentrl.training import build
+
+  folder = tmp_path_factory.mktemp('tiny') / 'run'
+  folder.mkdir()
+  build.build(tiny_config(), folder).close()
+  return folder
+
+
+@pytest.fixture
+def tiny_workdir(tiny_folder, tmp_path):
+  """A copy of `tiny_folder` for one test."""
+  return pathlib.Path(shutil.copytree(tiny_folder, tmp_path / 'run'))
+
+
+@pytest.fixture(scope='session')
+def compile_cache(tmp_path_factory):
+  """Keeps compiled programs for all runs of the session, in this process and in those it starts."""
+  import jax
+  from jax.experimental.compilation_cache import compilation_cache
+
+  folder = str(tmp_path_factory.mktemp('compiled'))
+  settings = {'jax_compilation_cache_dir': folder, 'jax_persistent_cache_min_compile_time_secs': 0,
+              'jax_persistent_cache_min_entry_size_bytes': -1}
+  before = {name: getattr(jax.config, name) for name in settings}
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in settings.items():
+      patch.setenv(name.upper(), str(value))
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield folder
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope='session', name='tiny')
+def tiny_policy():
+  """A random policy of two layers with its tokenizer and compiled samplers; see tests/tiny.py."""
+  # By path and on first use: tests are no package, and host-only tests need not import jax.
+  spec = importlib.util.spec_from_file_location(
+      'tiny', pathlib.Path(__file__).with_name('tiny.py'))
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.TinyPolicy()

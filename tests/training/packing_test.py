@@ -1,0 +1,105 @@
+"""Tests of packing. Expected values follow from the definition: every token of every sequence stands once, in order."""
+
+from __future__ import annotations
+
+import hypothesis
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from agentrl.core.types import Message, Segment, Task, Trajectory
+from agentrl.training import packing
+
+LENGTHS = st.lists(st.integers(1, 16), max_size=30)
+
+
+def _sequences(lengths, seed=0):
+  """Sequences whose tokens are all different, so that each token tells where it came from."""
+  rng, made, start = np.random.default_rng(seed), [], 1
+  for i, n in enumerate(lengths):
+    mask = rng.random(n) < 0.5
+    mask[0] = False
+    log_probs = np.where(mask, -rng.exponential(size=n), np.nan).astype(np.float32)
+    made.append(packing.TokenSequence(np.arange(start, start + n, dtype=np.int32), mask, log_probs,
+                                      np.sort(rng.integers(0, 3, n)).astype(np.int32), i))
+    start += n
+  return made
+
+
+def _outcome(n, weights=None):
+  weights = np.ones(n, np.float32) if weights is None else np.asarray(weights, np.float32)
+  return packing.Outcome(np.arange(n, dtype=np.int32), np.ones(n, np.float32), weights, weights > 0)
+
+
+@hypothesis.given(LENGTHS)
+def test_plan_holds_every_sequence_once_and_no_row_overflows(lengths):
+  rows = packing.plan_rows(lengths, 16)
+  assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+  assert all(0 < sum(lengths[i] for i in row) <= 16 for row in rows)
+  # Best fit leaves at most one row half empty or emptier: two such rows would have been one.
+  assert sum(sum(lengths[i] for i in row) <= 8 for row in rows) <= 1
+
+
+def test_plan_refuses_a_sequence_longer_than_a_row():
+  with pytest.raises(ValueError, match='sequence 1 has 17 tokens and rows only 16'):
+    packing.plan_rows([3, 17], 16)
+
+
+@hypothesis.given(LENGTHS, st.integers(0, 9), st.sampled_from([1, 2, 4]))
+def test_rows_hold_the_sequences_as_they_are(lengths, seed, micro_batches):
+  sequences = _sequences(lengths, seed)
+  rows = -(-max(1, len(packing.plan_rows(lengths, 16))) // micro_batches) * micro_batches + micro_batches
+  batch, used = packing.pack(sequences, _outcome(len(lengths)), rows=rows, row_length=16,
+                             micro_batches=micro_batches)
+  seen = []
+  for r in range(rows):
+    for segment in range(1, int(batch.segment_ids[r].max(initial=0)) + 1):
+      (at,) = np.nonzero(batch.segment_ids[r] == segment)
+      (index,) = set(batch.trajectory_ids[r, at])
+      s = sequences[index]
+      seen.append(index)
+      np.testing.assert_array_equal(at, np.arange(at[0], at[0] + len(s.tokens)))
+      np.testing.assert_array_equal(batch.tokens[r, at], s.tokens)
+      np.testing.assert_array_equal(batch.positions[r, at], np.arange(len(s.tokens)))
+      np.testing.assert_array_equal(batch.turn_ids[r, at], s.turns)
+      np.testing.assert_array_equal(batch.loss_mask[r, at], s.loss_mask)
+      np.testing.assert_array_equal(batch.behaviour_log_probs[r, at], np.where(s.loss_mask, s.log_probs, 0))
+  assert sorted(seen) == list(range(len(lengths)))
+  padded = batch.segment_ids == 0
+  assert not batch.loss_mask[padded].any() and (batch.trajectory_ids[padded] == -1).all()
+  assert (batch.turn_ids[padded] == -1).all() and np.isfinite(batch.behaviour_log_probs).all()
+  # Micro-batch m is rows m, m + M, ...: what lies past the used ones is padding, and none of the used is all padding.
+  filled = [(batch.segment_ids[m::micro_batches] > 0).any() for m in range(micro_batches)]
+  assert filled == [m < used and bool(lengths) for m in range(micro_batches)]
+
+
+def test_weight_zero_takes_a_trajectory_out_of_the_loss():
+  sequences = [s._replace(loss_mask=np.array([False, True, True])) for s in _sequences([3, 3])]
+  sequences = [s._replace(log_probs=np.full(3, -1.0, np.float32)) for s in sequences]
+  batch, _ = packing.pack(sequences, _outcome(2, [1, 0]), rows=1, row_length=8)
+  np.testing.assert_array_equal(batch.loss_mask[0], [False, True, True] + [False] * 5)
+  np.testing.assert_array_equal(batch.behaviour_log_probs[0], [0, -1, -1] + [0] * 5)
+
+
+@pytest.mark.parametrize('rows, micro_batches, words', [
+    (1, 1, '3 sequences need 2 rows of 8 tokens, more than 1'),
+    (3, 2, '2 micro-batches do not divide 3 rows'),
+])
+def test_what_does_not_fit_is_refused(rows, micro_batches, words):
+  with pytest.raises(ValueError, match=words):
+    packing.pack(_sequences([5, 3, 8]), _outcome(3), rows=rows, row_length=8, micro_batches=micro_batches)
+
+
+def test_sequences_are_the_recorded_segments():
+  first, empty, second = Segment(), Segment(), Segment()
+  first.append_forced([5, 6], 0)
+  first.append_sampled([7], [-0.5], [0.1], 0)
+  second.append_forced([8], 1)
+  second.append_sampled([9], [-0.25], [0.2], 1)
+  task = Task('t', 'tools', (Message('user', '?'),), None)
+  trajectories = [Trajectory(task, 0, 't', 0, segments=[first, empty, second]), Trajectory(task, 1, 't', 0,
+                                                                                           segments=[second])]
+  got = packing.sequences_of(trajectories)
+  assert [(s.trajectory, s.tokens.tolist(), s.loss_mask.tolist()) for s in got] == [
+      (0, [5, 6, 7], [False, False, True]), (0, [8, 9], [False, True]), (1, [8, 9], [False, True])]
+  assert got[1].log_probs[1] == -0.25 and np.isnan(got[1].log_probs[0])
