@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
-import pathlib
 import shutil
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -21,7 +20,6 @@ if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
 os.environ.setdefault('JAX_NUMPY_RANK_PROMOTION', 'raise')
 
 import hypothesis  # noqa: E402  (the variables above come first)
-import pytest  # noqa: E402
 import pytest  # noqa: E402
 
 # Compiling and shrinking take longer than any deadline; the seed is fixed so that a run repeats.
@@ -83,10 +81,10 @@ def compile_cache(tmp_path_factory):
 
 @pytest.fixture(scope='session', name='tiny')
 def tiny_policy():
-  """A random policy of two layers with its tokenizer and compiled samplers; see tests/tiny.py."""
+  """A random policy of two layers with its tokenizer and compiled samplers; see tests/tiny_policy.py."""
   # By path and on first use: tests are no package, and host-only tests need not import jax.
   spec = importlib.util.spec_from_file_location(
-      'tiny', pathlib.Path(__file__).with_name('tiny.py'))
+      'tiny_policy', pathlib.Path(__file__).with_name('tiny_policy.py'))
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.TinyPolicy()
