@@ -33,7 +33,7 @@ _EXTRAS = {
     'ray': ['ray>=2.40'],
     'tpu': ['jax[tpu]>=0.10.2'],
     'cuda': ['jax[cuda13]>=0.10.2'],
-    'bench': ['psutil>=6.0'],
+    'bench': [],  # the driver needs the core only; rivals have an environment of their own
 }
 
 setup(
