@@ -172,18 +172,23 @@ class Checkpointer:
     manifest = _read_manifest(path)
     wanted = _named_leaves(template)
     _check_same_leaves(path, manifest['leaves'], wanted, partial)
-    restored = self._orbax.restore(
-        path / 'arrays',
-        args=ocp.args.PyTreeRestore(item={name: 0 for name in wanted},
-                                    partial_restore=partial,
-                                    restore_args={
-                                        name: _restore_args(leaf) for name, leaf in wanted.items()
-                                    }))
-    leaves = [_like_template(restored[name], leaf) for name, leaf in wanted.items()]
+    leaves = [_like_template(value, leaf)
+              for value, leaf in zip(self._read(path, wanted, partial), wanted.values())]
     arrays = jax.tree.unflatten(jax.tree.structure(template), leaves)
     host = json.loads((path / 'host.json').read_text(encoding='utf-8'))
     logging.info('restored %s', path)
     return Restored(manifest['step'], arrays, host)
+
+  def _read(self, path: pathlib.Path, wanted: Mapping[str, Any], partial: bool) -> list[Any]:
+    """Returns the wanted leaves, in order."""
+    if not wanted:  # Orbax takes an empty template for a leaf.
+      return []
+    restored = self._orbax.restore(
+        path / 'arrays',
+        args=ocp.args.PyTreeRestore(
+            item={name: 0 for name in wanted}, partial_restore=partial,
+            restore_args={name: _restore_args(leaf) for name, leaf in wanted.items()}))
+    return [restored[name] for name in wanted]
 
   def _commit(self, temporary: pathlib.Path, final: pathlib.Path, host_text: str,
               manifest: dict[str, Any]):

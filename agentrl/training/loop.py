@@ -87,23 +87,17 @@ class _Loop:
   # ---- start -----------------------------------------------------------------------------------
 
   def _restore_or_start(self) -> tuple[LearnerState, HostState]:
-    params = self._parts.init_params()
-    state = LearnerState(params, {}, np.int32(0))
+    """Returns the state to go on from; between stages it is bare, see `_bare`."""
+    bare = _bare(self._parts.init_params())
     found = self._checkpointer.restore({}, partial=True)
     if found is None:
-      host = HostState()
-      return self._begin(state, host), host
+      return bare, HostState()
     host = HostState(**found.host)
-    # `begin` tells the shape of the stage's state; its values are overwritten.
-    template = self._begin(state, HostState(stage=host.stage))
+    # `begin` tells the shape of a stage's state; its values are overwritten.
+    template = self._stage(host).begin(bare, HostState()) if host.stage_step else bare
     restored = self._checkpointer.restore(template)
     logging.info('Going on from step %d in %s', restored.step, self._parts.workdir)
     return restored.arrays, HostState(**restored.host)
-
-  def _begin(self, state: LearnerState, host: HostState) -> LearnerState:
-    if host.stage >= len(self._stages):
-      return state._replace(opt_state={}, updates=np.int32(0), reference=None)
-    return self._stage(host).begin(state, host)
 
   def _stage(self, host: HostState) -> Any:
     return self._stages[host.stage][2]
@@ -118,6 +112,8 @@ class _Loop:
       while host.stage < len(self._stages):
         kind, name, stage = self._stages[host.stage]
         progress.stage(kind if kind == name else f'{kind} {name}', total=stage.steps, start=host.stage_step)
+        if host.stage_step == 0:
+          self.state = stage.begin(self.state, host)
         if host.stage_step < stage.steps:
           self._timed('compile', stage.warm_up, self.state)
           self._compiles.mark()
@@ -167,7 +163,7 @@ class _Loop:
     host = self.host
     host.stage += 1
     host.stage_step = 0
-    self.state = self._begin(self.state, host)
+    self.state = _bare(self.state.params)
     self._timed('checkpoint', self._save, False)
     self._write_summary()
     if self._config.report and self._on_stage_end:
@@ -215,6 +211,11 @@ class _Loop:
 
   def _write_summary(self):
     _replace(self._parts.workdir / 'summary.json', json.dumps(self._summary(), indent=2) + '\n')
+
+
+def _bare(params: Any) -> LearnerState:
+  """Returns the state between stages: the policy alone, whatever stage comes next."""
+  return LearnerState(params, {}, np.int32(0))
 
 
 def _make_stage(parts: Parts, text: str) -> tuple[str, str, Any]:
