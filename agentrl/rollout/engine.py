@@ -255,17 +255,16 @@ class Engine:
       slot = donor if donor in free and shared[donor] else free[-1]
       free.remove(slot)
       targets.add(slot)
-      key = tuple(context.tolist())
-      if shared[donor] >= MIN_SHARED_TOKENS or slot == donor:
-        session.cached = int(shared[donor])
-        if slot != donor:
-          forks.append((donor, slot))
-          self.stats.shared_tokens += session.cached
-      elif key in leaders and len(key) >= MIN_SHARED_TOKENS:
+      key, held = tuple(context.tolist()), int(shared[donor])
+      if key in leaders and held < len(key) >= MIN_SHARED_TOKENS:
+        session.cached = 0
         followers.append((leaders[key], session))
       else:
-        session.cached = 0
-        leaders[key] = session
+        leaders.setdefault(key, session)
+        session.cached = held if slot == donor or held >= MIN_SHARED_TOKENS else 0
+        if session.cached and slot != donor:
+          forks.append((donor, slot))
+          self.stats.shared_tokens += held
       session.slot = slot
       self._owners[slot] = session
       self._note_resident(session)
