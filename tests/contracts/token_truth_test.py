@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from agentrl.core.types import Status, Trajectory
-from agentrl.rollout.engine import Job
+from agentrl.rollout.engine import LINGER_SECONDS, Job
 
 # Each is one letter that bytes and longer pieces hold as well, so turns often stop in mid-chunk.
 STOPS = ('e', 't', '1', ' ', 'i', '<|end|>')
@@ -50,7 +50,8 @@ def random_program(seed, books, forks, width=24, depth=1):
       elif operation == 'generate':
         await generate(session)
       elif operation == 'wait':
-        await asyncio.sleep(rng.random() * 0.004)
+        # Sometimes longer than the engine lingers for, so that slots are taken away.
+        await asyncio.sleep(rng.choice([0.0, 0.003, 1.4 * LINGER_SECONDS[1]]))
       elif operation == 'mark':
         marks.append((session.mark(), len(books.tokens)))
       elif operation == 'rollback' and marks:
@@ -95,11 +96,11 @@ def random_program(seed, books, forks, width=24, depth=1):
   return program
 
 
-def play(tiny, seeds, slots, forks=None, sampler=None):
+def play(tiny, seeds, sampler, forks=None):
   """Runs random programs; returns their trajectories and books, forks included, and the stats."""
   books = [Books() for _ in seeds]
   jobs = [Job(tiny.task(s), 0, f'g{s}', random_program(s, b, forks)) for s, b in zip(seeds, books)]
-  with tiny.engine(slots, sampler=sampler) as engine:
+  with tiny.engine(sampler=sampler) as engine:
     trajectories = engine.collect(jobs)
     return list(zip(trajectories, books)) + (forks or []), engine.stats
 
@@ -127,7 +128,8 @@ def check(tiny, played: list[tuple[Trajectory, Books]]):
 @pytest.mark.parametrize('slots', [4, 2])
 def test_random_programs_are_recorded_as_they_were_sampled(tiny, slots):
   # Two slots for ten programs: sessions queue, are evicted while they wait and come back.
-  played, stats = play(tiny, range(10), slots, forks=[])
+  sampler = tiny.sampler(slots, capacities=(48, tiny.context) if slots == 4 else (tiny.context,))
+  played, stats = play(tiny, range(10), sampler, forks=[])
   check(tiny, played)
   reasons = [turn.stop_reason for t, _ in played for turn in t.turns]
   assert len(played) > 12 and min(reasons.count('stop'), reasons.count('length')) > 10
@@ -135,7 +137,7 @@ def test_random_programs_are_recorded_as_they_were_sampled(tiny, slots):
 
 
 def test_the_cache_is_written_once_for_each_forced_token_and_never_for_a_drawn_one(tiny):
-  played, stats = play(tiny, range(20, 24), slots=4)
+  played, stats = play(tiny, range(20, 24), tiny.sampler())
   check(tiny, played)
   assert stats.evictions == stats.shared_tokens == 0
   assert stats.extended_tokens == sum(books.forced_cost for _, books in played)

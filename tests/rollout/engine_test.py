@@ -1,0 +1,378 @@
+"""Tests of the engine: scheduling changes nothing, sharing costs nothing, bad programs fail alone."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from agentrl.core.types import Boundary, Status
+from agentrl.metrics.timing import CompileCounter
+from agentrl.rollout.budget import Limits
+from agentrl.rollout.engine import LINGER_SECONDS, Engine, Job
+from agentrl.sampling.sampler import Sampler
+
+PROMPT = list(range(20, 44))  # Longer than MIN_SHARED_TOKENS and than one extension's width.
+
+
+def agent(prompt=PROMPT, turns=3, delays=None, stops=('e', '1', '<|end|>')):
+  """A program of some turns with observations between; delays(turn) seconds for each tool."""
+
+  async def program(session):
+    session.append(prompt)
+    for i in range(turns):
+      turn = await session.generate(stops=stops)
+      if delays:
+        await asyncio.sleep(delays(i))
+      # The observation depends on the turn, as a tool's would.
+      session.append([60 + (turn.end - turn.start) % 7, 61, 62])
+    session.finish(Status.FINISHED, answer=turn.text)
+
+  return program
+
+
+def jobs_of(tiny, tasks=4, samples=4, delays=None):
+  return [Job(tiny.task(n), k, f'task-{n}', agent([*PROMPT, 50 + n], delays=delays))
+          for n in range(tasks) for k in range(samples)]
+
+
+def collect(tiny, jobs, sampler=None, seed=0):
+  with tiny.engine(sampler=sampler, seed=seed) as engine:
+    return engine.collect(jobs), engine.stats
+
+
+def tokens_of(trajectories):
+  return [t.segments[0].tokens.tolist() for t in trajectories]
+
+
+def wide(tiny):
+  return tiny.sampler(16, capacities=(tiny.context,))
+
+
+@pytest.fixture(scope='module', name='plain')
+def plain_run(tiny):
+  """16 trajectories on 4 slots, to compare with."""
+  return collect(tiny, jobs_of(tiny))[0]
+
+
+def check_same(plain, other):
+  assert tokens_of(other) == tokens_of(plain)
+  for a, b in zip(plain, other):
+    np.testing.assert_array_equal(a.segments[0].sampled, b.segments[0].sampled)
+    # Only the order of additions differs.
+    np.testing.assert_allclose(a.segments[0].log_probs, b.segments[0].log_probs, atol=1e-5)
+    assert [t.stop_reason for t in a.turns] == [t.stop_reason for t in b.turns]
+
+
+def test_members_of_a_group_differ(tiny, plain):
+  """Rivals sample a group with one key, so every advantage is 0."""
+  for n in range(4):
+    group = [t for t in plain if t.group_id == f'task-{n}']
+    prompt = len(PROMPT) + 1
+    assert len({tuple(t.segments[0].tokens[prompt:]) for t in group}) == 4
+    assert len({tuple(t.segments[0].tokens[:prompt]) for t in group}) == 1
+
+
+def test_slots_do_not_matter(tiny, plain):
+  check_same(plain, collect(tiny, jobs_of(tiny), sampler=wide(tiny))[0])
+
+
+def test_tool_delays_and_order_do_not_matter(tiny, plain):
+  rng = np.random.default_rng(0)
+  for sampler in (tiny.sampler(), wide(tiny)):
+    jobs = jobs_of(tiny, delays=lambda i: rng.random() * 0.01)
+    check_same(plain, collect(tiny, jobs, sampler=sampler)[0])
+  order = rng.permutation(16)
+  jobs = jobs_of(tiny)
+  shuffled = collect(tiny, [jobs[i] for i in order])[0]
+  check_same([plain[i] for i in order], shuffled)
+
+
+def test_chunks_and_capacities_do_not_matter(tiny, plain):
+  sampler = tiny.sampler(4, chunk=3, capacities=(tiny.context + 5,))
+  check_same(plain[:8], collect(tiny, jobs_of(tiny)[:8], sampler=sampler)[0])
+
+
+def test_the_company_does_not_matter_nor_sharing_a_prefix(tiny, plain):
+  jobs = jobs_of(tiny)
+  # Alone there is nobody to share a prompt with; with its group there is.
+  for i in (1, 7):
+    alone, stats = collect(tiny, [jobs[i]])
+    check_same([plain[i]], alone)
+    assert stats.shared_tokens == 0
+
+
+def test_seeds_matter(tiny, plain):
+  other = collect(tiny, jobs_of(tiny), seed=1)[0]
+  assert not any(a == b for a, b in zip(tokens_of(plain), tokens_of(other)))
+
+
+def test_a_group_costs_one_prefill(tiny):
+  jobs = jobs_of(tiny, tasks=1)
+  prompt = len(PROMPT) + 1
+  trajectories, stats = collect(tiny, jobs)
+  # The prompt but its last token is written once and copied three times; two observations of 3
+  # tokens are written for each. (The third is read by nobody.)
+  assert stats.shared_tokens == 3 * (prompt - 1)
+  assert stats.extended_tokens == prompt - 1 + 4 * 2 * 3
+  assert stats.decoded_tokens >= sum(t.num_sampled for t in trajectories)
+  # Twice as many samples as slots: the later ones find the prompt where an earlier one was.
+  _, stats = collect(tiny, jobs_of(tiny, tasks=1, samples=8))
+  assert stats.extended_tokens == prompt - 1 + 8 * 2 * 3
+
+
+def test_waiting_slots_keep_their_cache(tiny):
+  """A session waits in its slot while others decode many times; then it goes on as if alone."""
+  jobs = [Job(tiny.task(0), 0, 'a', agent(delays=lambda i: 0.05)),
+          *(Job(tiny.task(n), 0, 'b', agent([70 + n] * 5, turns=6)) for n in (1, 2, 3))]
+  together, stats = collect(tiny, jobs)
+  assert stats.evictions == 0
+  alone, _ = collect(tiny, [Job(tiny.task(0), 0, 'a', agent())])
+  check_same(alone, together[:1])
+
+
+def test_more_sessions_than_slots_that_all_wait_are_evicted_and_come_back(tiny, plain):
+  # All hold their slots for longer than the engine is willing to linger.
+  jobs = jobs_of(tiny, delays=lambda i: 1.6 * LINGER_SECONDS[1])
+  others, stats = collect(tiny, jobs)
+  assert stats.evictions > 0
+  check_same(plain, others)
+
+
+def test_nothing_compiles_after_warm_up(tiny):
+  sampler = Sampler(tiny.config, slots=3, context=tiny.context, chunk=4)
+  sampler.set_params(tiny.params)
+  sampler.warm_up()
+  counter = CompileCounter()
+  try:
+    counter.mark()
+    jobs = [Job(tiny.task(n), k, f'g{n}', agent([50 + n] * (1 + 10 * n), turns=1 + n % 3,
+                                               delays=lambda i: 0.001 * i))
+            for n in range(5) for k in range(3)]
+    for seed in (0, 1):
+      sampler.set_params(tiny.params)
+      trajectories, stats = collect(tiny, jobs, sampler=sampler, seed=seed)
+      assert {t.status for t in trajectories} == {Status.FINISHED}
+      assert sampler.cache.capacity == sampler.capacities[-1] and stats.shared_tokens > 0
+    assert counter.count == 0, counter.names
+  finally:
+    counter.close()
+
+
+# ---- bad programs --------------------------------------------------------------------------------
+
+
+async def raises(session):
+  session.append(PROMPT)
+  await session.generate()
+  raise KeyError('lost')
+
+
+async def returns(session):
+  session.append(PROMPT)
+  await session.generate()
+
+
+async def appends_too_much(session):
+  session.append(PROMPT)
+  session.append(range(100))
+
+
+async def generates_first(session):
+  await session.generate()
+
+
+async def negative_budget(session):
+  session.append(PROMPT)
+  await session.generate(max_tokens=-4)
+
+
+async def too_many_stops(session):
+  session.append(PROMPT)
+  await session.generate(stops=[str(i) for i in range(9)])
+
+
+async def empty_stop(session):
+  session.append(PROMPT)
+  await session.generate(stops=['</python>', ''])
+
+
+async def goes_on_for_ever(session):
+  session.append(PROMPT)
+  while True:
+    await session.generate(max_tokens=1)
+
+
+async def talks_for_ever(session):
+  session.append(PROMPT)
+  while True:
+    await session.generate()
+
+
+async def overlaps(session):
+  session.append(PROMPT)
+  await asyncio.gather(session.generate(), session.generate())
+
+
+async def appends_while_sampling(session):
+  session.append(PROMPT)
+  turn = asyncio.ensure_future(session.generate())
+  await asyncio.sleep(0)
+  try:
+    session.append([3])
+  finally:
+    await turn
+
+
+async def goes_on_after_the_end(session):
+  session.append(PROMPT)
+  session.finish(Status.FINISHED)
+  await session.generate()
+
+
+async def awaits_something_cancelled(session):
+  session.append(PROMPT)
+  tool = asyncio.ensure_future(asyncio.sleep(1))
+  asyncio.get_running_loop().call_later(0.001, tool.cancel)
+  await tool
+
+
+AGENT = (Status.AGENT_FAILURE, Boundary.AGENT)
+BAD = [
+    (raises, *AGENT, "KeyError: 'lost'"),
+    (returns, *AGENT, 'returned without finishing'),
+    (appends_too_much, Status.LENGTH, Boundary.ENVIRONMENT, '100 tokens were appended where 72'),
+    (generates_first, *AGENT, 'generate() before any append()'),
+    (negative_budget, *AGENT, 'max_tokens=-4'),
+    (too_many_stops, *AGENT, '9 stop tokens, but at most 8'),
+    (empty_stop, *AGENT, 'a stop must not be empty'),
+    (goes_on_for_ever, Status.TURN_LIMIT, Boundary.POLICY, 'no turn left of 20'),
+    (talks_for_ever, Status.LENGTH, Boundary.POLICY, 'no token left'),
+    (overlaps, *AGENT, 'a turn is being sampled'),
+    (appends_while_sampling, *AGENT, 'a turn is being sampled'),
+    (goes_on_after_the_end, *AGENT, 'the trajectory has ended (finished)'),
+    (awaits_something_cancelled, *AGENT, 'cancelled'),
+]
+
+
+def test_bad_programs_end_their_own_trajectory_alone(tiny, plain):
+  good, done = jobs_of(tiny), []
+  jobs = [j for i, g in enumerate(good[:len(BAD)])
+          for j in (g, Job(tiny.task(100 + i), 0, 'bad', BAD[i][0]))]
+  with tiny.engine() as engine:
+    trajectories = engine.collect(jobs, on_done=done.append, policy_version=3)
+    check_same(plain[:len(BAD)], trajectories[::2])
+    for (program, status, boundary, detail), t in zip(BAD, trajectories[1::2]):
+      assert (t.status, t.boundary) == (status, boundary), program.__name__
+      assert detail in t.detail, program.__name__
+    assert sorted(map(id, done)) == sorted(map(id, trajectories))
+    assert {t.policy_version for t in trajectories} == {3}
+    # Slots and queues are free again.
+    check_same(plain[:4], engine.collect(good[:4]))
+
+
+def test_a_cancelled_turn_leaves_the_context_as_it_was(tiny):
+  seen = {}
+
+  async def gives_up(session):
+    session.append(PROMPT)
+    before = session.context.tokens.tolist()
+    turn = asyncio.ensure_future(session.generate())
+    await asyncio.sleep(0.005)  # Long enough for a chunk or two.
+    turn.cancel()
+    with pytest.raises(asyncio.CancelledError):
+      await turn
+    seen['context'] = session.context.tokens.tolist() == before
+    turn = await session.generate()
+    session.finish(Status.FINISHED, answer=turn.text)
+
+  async def patient(session):
+    session.append(PROMPT)
+    session.finish(Status.FINISHED, answer=(await session.generate()).text)
+
+  task = tiny.task()
+  [a], [b] = (collect(tiny, [Job(task, 0, 'g', p)])[0] for p in (gives_up, patient))
+  assert seen['context'] and a.status is Status.FINISHED and a.answer == b.answer
+  assert tokens_of([a]) == tokens_of([b]) and len(a.turns) == 1
+
+
+# ---- interruptions -------------------------------------------------------------------------------
+
+
+class SlowSampler(Sampler):
+  """A real sampler on a device that takes its time, so that interruptions meet a decode."""
+
+  def __init__(self, like: Sampler):
+    self.__dict__.update(like.__dict__)
+    self.started, self.seconds = threading.Event(), 0.0
+
+  def decode(self, requests, floor=0):
+    self.started.set()
+    time.sleep(self.seconds)
+    return super().decode(requests, floor)
+
+
+def test_a_collection_that_is_cancelled_in_mid_decode_leaves_the_engine_usable(tiny, plain):
+  sampler = SlowSampler(tiny.sampler())
+  jobs = jobs_of(tiny)
+  with tiny.engine(sampler=sampler) as engine:
+
+    async def cancelled():
+      sampler.seconds = 0.2
+      collection = asyncio.ensure_future(engine.collect_async(jobs))
+      while not sampler.started.is_set():
+        await asyncio.sleep(0.001)
+      collection.cancel()
+      with pytest.raises(asyncio.CancelledError):
+        await collection
+      sampler.seconds = 0.0
+      return await engine.collect_async(jobs)
+
+    check_same(plain, asyncio.run(cancelled()))
+
+
+def test_ctrl_c_ends_the_collection_and_leaves_the_engine_usable(tiny, plain):
+  done = []
+
+  async def interrupts(session):
+    session.append(PROMPT)
+    await session.generate()
+    signal.raise_signal(signal.SIGINT)
+    await asyncio.sleep(60)
+
+  with tiny.engine() as engine:
+    with pytest.raises(KeyboardInterrupt):
+      engine.collect([*jobs_of(tiny), Job(tiny.task(99), 0, 'bad', interrupts)],
+                     on_done=done.append)
+    check_same(plain, engine.collect(jobs_of(tiny)))
+
+
+def test_close_leaves_no_thread(tiny):
+  before = set(threading.enumerate())
+  with tiny.engine() as engine:
+    engine.collect(jobs_of(tiny)[:2])
+    assert set(threading.enumerate()) - before
+  assert not set(threading.enumerate()) - before
+  with pytest.raises(RuntimeError):
+    engine.collect(jobs_of(tiny)[:2])
+
+
+def test_limits_beyond_the_cache_are_refused_at_once(tiny):
+  with pytest.raises(ValueError, match='context_tokens=97 .* 96'):
+    Engine(tiny.sampler(), tiny.tokenizer, limits=Limits(context_tokens=97))
+
+
+def test_errors_of_on_done_reach_the_caller(tiny):
+  def on_done(trajectory):
+    raise OSError('disk full')
+
+  with tiny.engine() as engine, pytest.raises(OSError, match='disk full'):
+    engine.collect(jobs_of(tiny)[:2], on_done=on_done)
+
+
+def test_an_empty_collection_is_empty(tiny):
+  assert collect(tiny, [])[0] == []
