@@ -311,7 +311,7 @@ def test_two_processes_write_one_checkpoint(tmp_path):
           assert np.array_equal(shard.data, 2 * whole[shard.index])
       """
   port = 20000 + os.getpid() % 20000
-  processes = [_start(script, tmp_path, i, port) for i in range(2)]
+  processes = [_start(script, tmp_path, i, port, XLA_FLAGS='') for i in range(2)]
   assert [p.wait(timeout=60) for p in processes] == [0, 0]
   with checkpoints.Checkpointer(tmp_path) as checkpointer:
     assert checkpointer.steps() == [1, 2]
