@@ -7,13 +7,14 @@ from typing import NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 import numpy as np
 
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import Params
 from agentrl.sampling import functions
 from agentrl.sampling.draw import SamplingParams
+from agentrl.sharding import mesh as meshes
 
 MAX_STOPS = 8
 
@@ -99,24 +100,39 @@ class Sampler:
     self.token_buckets = tuple(sorted(token_buckets or {min(16, context), min(64, context)}))
     self._params: Params | None = None
     self._view = jax.jit(functools.partial(functions.sampler_view, config=config))
-    self._extend = jax.jit(functools.partial(functions.extend, config=config), donate_argnums=1)
-    self._fork = jax.jit(functions.fork, donate_argnums=0)
-    self._resize = jax.jit(functions.resize, static_argnums=1)
-    self._decode = jax.jit(functools.partial(functions.decode, config=config, steps=chunk, sampling=sampling),
-                           donate_argnums=1)
+    self._place(None)
     self.reset()
+
+  def _place(self, where: NamedSharding | None):
+    """Makes the functions anew for a cache that lives `where`; on the default device if None.
+
+    Left to the compiler, their outputs live elsewhere than an empty cache, and each would be compiled twice.
+    """
+    jit = functools.partial(jax.jit, out_shardings=where)
+    self._where = where
+    self._extend = jit(functools.partial(functions.extend, config=self.config), donate_argnums=1)
+    self._fork = jit(functions.fork, donate_argnums=0)
+    self._resize = jit(functions.resize, static_argnums=1)
+    self._decode = jax.jit(
+        functools.partial(functions.decode, config=self.config, steps=self.chunk, sampling=self.sampling),
+        donate_argnums=1, out_shardings=(where, None))
 
   def set_params(self, params: Params):
     """Takes new weights, learner's view. What the cache holds is of the old ones from here on."""
     self._params = self._view(params)
+    of = self._params['embedding'].sharding
+    if isinstance(of, NamedSharding):
+      spec = meshes.spec_of(('slots', 'kv_heads'), (self.slots, self.config.num_kv_heads), of.mesh)
+      where = NamedSharding(of.mesh, spec)
+      if where != self._where:
+        self._place(where)
+        self.reset()
 
   def reset(self):
     """Empties the cache and makes it small again."""
     self.cache = functions.init_cache(self.config, self.slots, self.capacities[0])
-    # Where the functions' outputs live, so that the first call on an empty cache is not compiled apart.
-    of = None if self._params is None else self._params['embedding'].sharding
-    if isinstance(of, NamedSharding):
-      self.cache = jax.device_put(self.cache, NamedSharding(of.mesh, PartitionSpec()))
+    if self._where is not None:
+      self.cache = jax.device_put(self.cache, self._where)
     # An idle slot's place in a decode writes rubbish; this is where it does no harm.
     self._held = np.zeros(self.slots, np.int32)
 
