@@ -1,0 +1,153 @@
+"""Tests of the sampler's shapes: whatever it is asked for, it is done in those it compiled."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from agentrl.metrics.timing import CompileCounter
+from agentrl.models.params import param_axes
+from agentrl.sampling.sampler import Extension, Sampler, SlotRequest, buckets
+from agentrl.sharding import mesh as meshes
+
+TOKENS = np.random.default_rng(0).integers(2, 300, 80).astype(np.int32)
+
+
+@pytest.mark.parametrize('smallest, largest', [(1, 1), (7, 7), (64, 1000), (5, 4), (48, 96)])
+def test_buckets_reach_the_largest_and_waste_at_most_a_third(smallest, largest):
+  sizes = buckets(smallest, largest)
+  assert sizes[0] >= smallest and sizes[-1] >= largest
+  assert list(sizes) == sorted(set(sizes))
+  for a, b in zip(sizes, sizes[1:]):
+    # One token more than the smaller bucket pads the larger by at most a third.
+    assert (b - a - 1) / b <= 1 / 3 and a < largest
+
+
+def request(length, budget=6, seed=(1, 2), stops=()):
+  return SlotRequest(int(TOKENS[length]), length, budget, seed, stops)
+
+
+def test_extensions_of_any_number_and_length_are_cut_into_the_compiled_shapes(tiny):
+  """Whatever the parts, the draws that follow are the same: 40 tokens in a 16-token bucket."""
+  sampler = tiny.sampler()
+  drawn = []
+  for parts in ([40], [16, 24], [1, 39], [17, 3, 20]):
+    sampler.reset()
+    sampler.reserve(50)
+    at = 0
+    for n in parts:
+      sampler.extend([Extension(2, TOKENS[at:at + n], at)])
+      at += n
+    drawn.append(sampler.decode({2: request(40)})[2])
+  for other in drawn[1:]:
+    np.testing.assert_array_equal(other.tokens, drawn[0].tokens)
+    np.testing.assert_allclose(other.log_probs, drawn[0].log_probs, atol=1e-5)
+  assert len(drawn[0].tokens) == len(drawn[0].log_probs) == len(drawn[0].entropies) == 6
+
+
+def test_extension_of_all_slots_at_once_equals_one_by_one(tiny):
+  sampler = tiny.sampler()
+  lengths = [20, 3, 33, 17]
+  results = []
+  for at_once in (True, False):
+    sampler.reset()
+    rows = [Extension(s, TOKENS[:n], 0) for s, n in enumerate(lengths)]
+    for part in ([rows] if at_once else [[r] for r in rows]):
+      sampler.extend([*part, Extension(0, [], 0)] if part[0].slot else part)
+    results.append(sampler.decode({s: request(n) for s, n in enumerate(lengths)}))
+  for slot in range(4):
+    np.testing.assert_array_equal(results[0][slot].tokens, results[1][slot].tokens)
+
+
+def test_forked_slots_continue_as_their_source(tiny):
+  sampler = tiny.sampler()
+  sampler.reset()
+  sampler.extend([Extension(1, TOKENS[:20], 0)])
+  sampler.fork([(1, 3), (1, 0)])
+  draws = sampler.decode({s: request(20) for s in (0, 1, 3)})
+  np.testing.assert_array_equal(draws[0].tokens, draws[1].tokens)
+  np.testing.assert_array_equal(draws[3].tokens, draws[1].tokens)
+
+
+def test_reserve_keeps_what_is_held_and_reset_makes_it_small_again(tiny):
+  sampler = tiny.sampler()
+  sampler.reset()
+  sampler.extend([Extension(0, TOKENS[:30], 0)])
+  small = sampler.decode({0: request(30)})[0]
+  assert sampler.cache.capacity == 48
+  sampler.reserve(49)
+  assert sampler.cache.capacity == 96
+  np.testing.assert_array_equal(sampler.decode({0: request(30)})[0].tokens, small.tokens)
+  sampler.reserve(10)
+  assert sampler.cache.capacity == 96
+  with pytest.raises(ValueError, match='97 tokens .* 96'):
+    sampler.reserve(97)
+  sampler.reset()
+  assert sampler.cache.capacity == 48
+
+
+def test_idle_slots_survive_calls_at_the_edge_of_the_cache(tiny):
+  """A waiting slot that is all but full, while another decodes to the last place."""
+  sampler = tiny.sampler()
+  sampler.reset()
+  sampler.extend([Extension(0, TOKENS[:47], 0), Extension(1, TOKENS[:41], 0)])
+  alone = sampler.decode({0: request(47, budget=1)})[0]
+  sampler.extend([Extension(0, TOKENS[:47], 0)])
+  sampler.decode({1: request(41, budget=7)})
+  again = sampler.decode({0: request(47, budget=1)})[0]
+  np.testing.assert_array_equal(alone.tokens, again.tokens)
+  np.testing.assert_allclose(alone.log_probs, again.log_probs, atol=1e-6)
+
+
+def test_new_weights_change_the_draws(tiny):
+  sampler = tiny.sampler()
+  sampler.reset()
+  sampler.extend([Extension(0, TOKENS[:20], 0)])
+  old = sampler.decode({0: request(20)})[0]
+  try:
+    sampler.set_params(jax.tree.map(lambda x: -x, tiny.params))
+    sampler.reset()
+    sampler.extend([Extension(0, TOKENS[:20], 0)])
+    assert not np.array_equal(sampler.decode({0: request(20)})[0].tokens, old.tokens)
+  finally:
+    sampler.set_params(tiny.params)
+
+
+def test_a_context_beyond_the_capacities_is_refused(tiny):
+  with pytest.raises(ValueError, match='64 .* 100'):
+    Sampler(tiny.config, slots=2, context=100, capacities=(32, 64))
+
+
+@pytest.mark.parametrize('shape', [dict(fsdp=2, tensor=2), dict(data=2), {}], ids=str)
+def test_a_sharded_policy_draws_the_same_and_compiles_nothing_after_warm_up(tiny, shape):
+  plain = tiny.sampler()
+  mesh = meshes.make_mesh(shape, jax.devices()[:math.prod(shape.values())])
+  params = jax.device_put(tiny.params, meshes.shardings(param_axes(tiny.config), tiny.params, mesh))
+  sharded = Sampler(tiny.config, slots=4, context=96, chunk=8, capacities=(48, 96),
+                    row_buckets=(4,), token_buckets=(16,))
+  sharded.set_params(params)
+  sharded.warm_up()
+  [slots, heads, *_] = sharded.cache.keys[0].addressable_shards[0].data.shape
+  assert (slots, heads) == (4 // math.prod(shape.get(a, 1) for a in ('data', 'fsdp')),
+                            2 // shape.get('tensor', 1))
+  counter = CompileCounter()
+  try:
+    counter.mark()
+    draws = []
+    for sampler in (sharded, plain):
+      sampler.reset()
+      sampler.extend([Extension(0, TOKENS[:20], 0)])
+      sampler.fork([(0, 1)])
+      sampler.reserve(60)
+      draws.append(sampler.decode({0: request(20), 1: request(20, seed=(5, 6))}))
+      if sampler is sharded:
+        sampler.set_params(params)
+        assert counter.count == 0, counter.names
+  finally:
+    counter.close()
+  for slot in (0, 1):
+    np.testing.assert_array_equal(draws[0][slot].tokens, draws[1][slot].tokens)
+    np.testing.assert_allclose(draws[0][slot].log_probs, draws[1][slot].log_probs, atol=1e-4)
