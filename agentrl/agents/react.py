@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any, Awaitable, Sequence
+
+from absl import logging
 
 from agentrl.core.types import Boundary, Status, Task
-from agentrl.rollout.session import Session
+from agentrl.rollout.session import Session, TrajectoryEnded
 
 
 def react(environment: Any, template: Any, task: Task, *, stops: Sequence[str] = ()):
@@ -20,7 +22,7 @@ def react(environment: Any, template: Any, task: Task, *, stops: Sequence[str] =
   stops = tuple(dict.fromkeys((*environment.stops, *template.stops, *stops)))
 
   async def program(session: Session):
-    episode = await environment.open(task, session.seed[0])
+    episode = await _ask(task, environment.open(task, session.seed[0]))
     try:
       session.append(template.render(episode.messages, add_generation_prompt=True))
       while not session.finished:
@@ -29,7 +31,7 @@ def react(environment: Any, template: Any, task: Task, *, stops: Sequence[str] =
           session.finish(Status.LENGTH, boundary=Boundary.POLICY,
                          detail=f'turn {turn.index} ran out of tokens ({turn.stop_reason})')
           return
-        step = await episode.step(turn.text, turn.stop_reason)
+        step = await _ask(task, episode.step(turn.text, turn.stop_reason))
         session.observe(turn, step.calls, step.results)
         if step.done:
           session.finish(step.status, answer=step.answer, boundary=step.boundary, detail=step.detail)
@@ -39,3 +41,12 @@ def react(environment: Any, template: Any, task: Task, *, stops: Sequence[str] =
       await episode.close()
 
   return program
+
+
+async def _ask(task: Task, answer: Awaitable[Any]) -> Any:
+  """The boundary to the environment: what it raises is its own failure, not the program's."""
+  try:
+    return await answer
+  except Exception as e:  # pylint: disable=broad-except
+    logging.warning('The environment failed on task %s', task.id, exc_info=True)
+    raise TrajectoryEnded(Status.ENVIRONMENT_FAILURE, Boundary.ENVIRONMENT, f'{type(e).__name__}: {e}') from e
