@@ -1,4 +1,4 @@
-"""A policy small enough to run real rollouts in tests; the fixture `tiny` makes it once a session."""
+"""A policy small enough for real rollouts in tests; the fixture `tiny` makes it once a session."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ class TinyPolicy:
     """Returns a task."""
     return Task(f'task-{number}', 'tools', (Message('user', f'What is {number} + 1?'),), number + 1)
 
-  def learner_scores(self, trajectories: Sequence[Trajectory]) -> list[tuple[np.ndarray, np.ndarray]]:
+  def learner_scores(self,
+                     trajectories: Sequence[Trajectory]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns (log-probs, entropies) [T] of each trajectory's only segment, evaluated packed."""
     sequences = sequences_of(trajectories)
     n = len(trajectories)

@@ -1,4 +1,4 @@
-"""Tests of the plain agent with the real environment, real tools, the real engine and a scripted policy.
+"""Tests of the plain agent with the real environment, tools and engine, and a scripted policy.
 
 The script is in the weights: the policy's keys and values are zero, so a token alone decides what
 follows it, and its head is made of rows that send each token to the next one of the script.
@@ -77,7 +77,7 @@ def chain(*tokens):
 
 def test_a_call_is_run_read_and_answered(stage, tiny):
   t = stage.tokenizer
-  assistant, opened, closed = (t.id_of(m) for m in ('<|assistant|>', '<calculator>', '</calculator>'))
+  assistant, opened, closed = map(t.id_of, ('<|assistant|>', '<calculator>', '</calculator>'))
   # "<calculator>7*6</calculator>" whenever asked: after '*' nothing but 6 and the end can come.
   star = t.encode('7*6')
   assert len(star) == 3
@@ -85,7 +85,8 @@ def test_a_call_is_run_read_and_answered(stage, tiny):
   [got] = stage.run(tiny.task(), turns=2)
   text = t.decode(got.segments[0].tokens)
   call = '<|assistant|><calculator>7*6</calculator>'
-  assert text == f'<|user|>What is 0 + 1?<|end|>{call}<|tool|>42<|end|>{call}<|tool|>42<|end|><|assistant|>'
+  asked_again = f'{call}<|tool|>42<|end|>'
+  assert text == f'<|user|>What is 0 + 1?<|end|>{asked_again}{asked_again}<|assistant|>'
   assert [r.text for r in got.results] == ['42', '42'] and all(r.ok for r in got.results)
   assert got.turns[0].calls[0].arguments == {'expression': '7*6'}
   # Prompt and observations, each with the marker that opens a turn, are never trained on.
@@ -181,4 +182,5 @@ def test_episodes_are_closed_however_they_end_and_have_seeds_of_their_own(stage,
     stage.environment = real
   if fail:
     assert {x.detail for x in got} == {'OSError: the server is gone'}
-    assert {(x.status, x.boundary) for x in got} == {(Status.ENVIRONMENT_FAILURE, Boundary.ENVIRONMENT)}
+    expected = (Status.ENVIRONMENT_FAILURE, Boundary.ENVIRONMENT)
+    assert {(x.status, x.boundary) for x in got} == {expected}

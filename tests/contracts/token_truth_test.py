@@ -66,7 +66,8 @@ def random_program(seed, books, forks, width=24, depth=1):
         for i, other in enumerate(session.fork(2)):
           child = books.copy()
           forks.append((other.trajectory, child))
-          session.engine.adopt(other, random_program(seed * 7 + i + 1, child, forks, width, depth - 1))
+          twin = random_program(seed * 7 + i + 1, child, forks, width, depth - 1)
+          session.engine.adopt(other, twin)
     session.finish(Status.FINISHED)
 
   def append(session, ids):

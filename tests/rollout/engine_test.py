@@ -1,4 +1,4 @@
-"""Tests of the engine: scheduling changes nothing, sharing costs nothing, bad programs fail alone."""
+"""Tests of the engine: scheduling changes nothing, sharing is free, bad programs fail alone."""
 
 from __future__ import annotations
 

@@ -114,7 +114,8 @@ def test_one_go_and_several_and_token_by_token_fill_the_same_cache():
   parts = prefill(noise(), 1, TOKENS[1, :n], cuts=(1, 2, 5, 6, 13))
   single = noise()
   for t in range(n):
-    single = jit_logits(view(), single, np.full(SLOTS, TOKENS[1, t]), np.full(SLOTS, t, np.int32))[0]
+    lengths = np.full(SLOTS, t, np.int32)
+    single = jit_logits(view(), single, np.full(SLOTS, TOKENS[1, t]), lengths)[0]
   same(snapshot(whole, 1, n), snapshot(parts, 1, n), 1e-5)
   same(snapshot(whole, 1, n), snapshot(single, 1, n), 1e-5)
 

@@ -121,7 +121,7 @@ def test_a_context_beyond_the_capacities_is_refused(tiny):
     Sampler(tiny.config, slots=2, context=100, capacities=(32, 64))
 
 
-@pytest.mark.parametrize('shape', [dict(fsdp=2, tensor=2), dict(data=2), {}], ids=str)
+@pytest.mark.parametrize('shape', [dict(data=2, tensor=2), {}], ids=str)
 def test_a_sharded_policy_draws_the_same_and_compiles_nothing_after_warm_up(tiny, shape):
   plain = tiny.sampler()
   mesh = meshes.make_mesh(shape, jax.devices()[:math.prod(shape.values())])

@@ -1,4 +1,4 @@
-"""Tests of meshes and of the axis table, and that a policy means the same on one device and eight."""
+"""Tests of meshes and of the axis table; a policy means the same on one device and on eight."""
 
 from __future__ import annotations
 
