@@ -14,7 +14,7 @@ from agentrl.algorithms.objective import LossBatch, Metrics, Objective
 from agentrl.core.types import TrainBatch
 from agentrl.models import transformer
 from agentrl.models.config import ModelConfig
-from agentrl.models.params import Params
+from agentrl.models.params import Params, param_axes
 from agentrl.sharding import mesh as meshes
 from agentrl.training.state import LearnerState
 
@@ -53,8 +53,9 @@ def make_update(config: ModelConfig, optimizer: optax.GradientTransformation, ob
   def update(state: LearnerState, batch: TrainBatch, used: jax.Array):
     parts = _spread(objectives.split_rows(objective.prepare(batch, state.updates), micro_batches), mesh)
     total = grad_fn(state.params, _part(parts, 0))
-    total = jax.lax.fori_loop(
-        1, used, lambda i, total: _sum_parts(total, grad_fn(state.params, _part(parts, i))), total)
+    if micro_batches > 1:
+      total = jax.lax.fori_loop(
+          1, used, lambda i, total: _sum_parts(total, grad_fn(state.params, _part(parts, i))), total)
     (value, metrics), grads = total
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -63,6 +64,8 @@ def make_update(config: ModelConfig, optimizer: optax.GradientTransformation, ob
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), proposed, (state.params, state.opt_state))
     scalars = {**objectives.summarise(metrics), 'grad_norm': norm, 'applied': finite.astype(jnp.float32)}
+    # As they came, so that the next update is the same program.
+    params, opt_state = _lay_out((params, opt_state), config, mesh)
     return state._replace(params=params, opt_state=opt_state, updates=state.updates + finite), scalars
 
   return update
@@ -113,6 +116,23 @@ def _spread(parts: Any, mesh: jax.sharding.Mesh | None) -> Any:
     return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
 
   return jax.tree.map(constrain, parts)
+
+
+def _lay_out(tree: Any, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> Any:
+  """Splits every leaf whose path ends in a parameter's as that parameter is, and replicates the others."""
+  if mesh is None:
+    return tree
+  table = {jax.tree_util.keystr(path): axes for path, axes in jax.tree_util.tree_leaves_with_path(
+      param_axes(config), is_leaf=lambda x: isinstance(x, tuple))}
+
+  def constrain(path, x):
+    ends = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))
+    axes = next((table[e] for e in ends if e in table), ())
+    axes = axes if len(axes) == x.ndim else (None,) * x.ndim
+    spec = meshes.spec_of(axes, x.shape, mesh)
+    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
+
+  return jax.tree_util.tree_map_with_path(constrain, tree)
 
 
 def _part(parts: Any, index) -> Any:
