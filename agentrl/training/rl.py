@@ -143,7 +143,8 @@ class ReinforcementStage:
     if self._objective.min_group < 2 or self._config.reference:
       return True
     kept = batch.weights > 0
-    return any(np.ptp(batch.rewards[kept & (batch.group_ids == g)]) > 0 for g in np.unique(batch.group_ids[kept]))
+    # A reward that is not a number is no lack of signal: the update refuses it, and says so.
+    return any(np.ptp(batch.rewards[kept & (batch.group_ids == g)]) != 0 for g in np.unique(batch.group_ids[kept]))
 
   def _add_scores(self, state: LearnerState, batch: TrainBatch, used: int) -> TrainBatch:
     if self._objective.needs_values:

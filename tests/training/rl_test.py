@@ -1,0 +1,145 @@
+"""Tests of the reinforcement stage on real rollouts: the policy's own sampler, real tools, real updates.
+
+Expected values are the trajectories on disk, and the identity that a policy which has not moved has ratio 1.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from agentrl.rollout import store
+from agentrl.training import build
+from agentrl.training.rl import ReinforcementStage
+from agentrl.training.state import HostState, LearnerState
+
+ALGORITHMS = {
+    'grpo': {},
+    'ppo': {'rl.algorithm': 'ppo', 'rl.reference': 'true', 'rl.options.kl_coef': '0.1',
+            'rl.options.entropy_coef': '0.01', 'rl.minibatches': '2'},
+}
+
+
+class Run:
+  """A stage that has begun, with the batches of its updates kept."""
+
+  def __init__(self, config, folder, name):
+    self.parts = build.build(config, folder)
+    self.stage = ReinforcementStage(self.parts, name)
+    self.host = HostState()
+    self.state = self.stage.begin(LearnerState(self.parts.init_params(), {}, np.int32(0)), self.host)
+    self.stage.warm_up(self.state)
+    self.batches = []
+    update = self.stage._update
+
+    def keep(state, batch, used):
+      self.batches.append(jax.device_get(batch))
+      return update(state, batch, used)
+
+    self.stage._update = keep
+
+  def step(self):
+    self.state, metrics = self.stage.step(self.state, self.host)
+    self.host.step += 1
+    self.host.stage_step += 1
+    return metrics
+
+  @property
+  def folder(self):
+    return self.parts.workdir
+
+
+@pytest.fixture(params=list(ALGORITHMS))
+def run(request, tiny_config, tiny_workdir, compile_cache):
+  made = Run(tiny_config(ALGORITHMS[request.param]), tiny_workdir, 'rl')
+  yield made
+  made.parts.close()
+
+
+def _trajectories(folder, step):
+  (path,) = [p for p in store.list_paths(folder / 'trajectories') if store.step_of(p) == step]
+  return store.read(path).trajectories
+
+
+def test_rollouts_are_trained_on_as_they_were_sampled(run):
+  metrics = [run.step() for _ in range(2)]
+  assert all(m.get('skipped_batches', 0) == 0 for m in metrics)
+  # Sampler and learner agree, so that the first update of a step has ratio 1.
+  for m in metrics:
+    assert 0 <= m['log_prob_gap_max'] < 1e-4
+    assert m['policy/ratio_max'] == pytest.approx(1.0, abs=1e-4)
+    assert m['applied'] == 1.0 and np.isfinite(m['loss'])
+  # The batches hold the tokens on disk, no more and no less, with the mask and the log-probs of their sampling.
+  minibatches = run.parts.config.rl.minibatches
+  for step in range(2):
+    trajectories = _trajectories(run.folder, step)
+    batches = run.batches[step * minibatches:(step + 1) * minibatches]
+    size = len(trajectories) // minibatches
+    for k, batch in enumerate(batches):
+      assert (batch.segment_ids > 0).sum() == sum(len(s) for t in trajectories[k * size:(k + 1) * size]
+                                                  for s in t.segments)
+      for i, t in enumerate(trajectories[k * size:(k + 1) * size]):
+        (segment,), where = t.segments, batch.trajectory_ids == i
+        np.testing.assert_array_equal(batch.tokens[where], segment.tokens)
+        np.testing.assert_array_equal(batch.loss_mask[where], segment.sampled)
+        np.testing.assert_array_equal(batch.behaviour_log_probs[where],
+                                      np.where(segment.sampled, segment.log_probs, 0.0))
+        assert batch.rewards[i] == np.float32(t.rewards['total'])
+  # Groups are the samples of one task, and they differ.
+  groups = {}
+  for t in _trajectories(run.folder, 0):
+    groups.setdefault(t.group_id, []).append(tuple(t.segments[0].tokens))
+  assert [len(g) for g in groups.values()] == [4] * 4 and all(len(set(g)) == 4 for g in groups.values())
+
+
+def test_the_reference_is_the_policy_that_the_stage_began_with(tiny_config, tiny_workdir, compile_cache):
+  run = Run(tiny_config(ALGORITHMS['ppo']), tiny_workdir, 'rl')
+  before = jax.device_get(run.state.params)
+  first = run.step()
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.state.reference), before)
+  # Before any update the policy is its own reference: the first of the two updates of a step sees no divergence.
+  np.testing.assert_allclose(run.batches[0].reference_log_probs, run.batches[0].behaviour_log_probs, atol=1e-4)
+  assert np.abs(run.batches[1].reference_log_probs - run.batches[1].behaviour_log_probs).max() < 1e-4
+  run.step()
+  drift = np.abs(run.batches[2].reference_log_probs - run.batches[2].behaviour_log_probs)
+  assert drift.max() > 1e-4 and np.isfinite(first['kl'])
+  run.parts.close()
+
+
+def test_a_batch_without_signal_is_skipped_and_counted(tiny_config, tiny_workdir, compile_cache):
+  # With no weight on any part but one that is always 0 here, all rewards are equal.
+  run = Run(tiny_config({'reward.weights.calls': '0.0'}), tiny_workdir, 'rl')
+  before = jax.device_get(run.state.params)
+  metrics = run.step()
+  assert metrics['skipped_batches'] == 1 and metrics['signal_groups'] == 0 and not run.batches
+  assert metrics['trained_tokens'] == 0
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.state.params), before)
+  assert run.host.rejected_in_a_row == 0
+  run.parts.close()
+
+
+def test_groups_without_signal_are_left_out_if_asked(tiny_config, tiny_workdir, compile_cache):
+  run = Run(tiny_config({'rl.drop_without_signal': 'true'}), tiny_workdir, 'rl')
+  metrics = run.step()
+  (batch,), trajectories = run.batches, _trajectories(run.folder, 0)
+  rewards = np.reshape([t.rewards['total'] for t in trajectories], (4, 4))
+  varied = np.ptp(rewards, axis=1) > 0
+  assert 0 < varied.sum() < 4, 'this seed should give groups of both kinds'
+  assert metrics['signal_groups'] == varied.sum()
+  np.testing.assert_array_equal(batch.weights, np.repeat(varied, 4))
+  assert set(batch.trajectory_ids[batch.segment_ids > 0]) == set(np.nonzero(np.repeat(varied, 4))[0])
+  run.parts.close()
+
+
+def test_an_update_that_is_not_finite_leaves_its_batch_behind(tiny_config, tiny_workdir, compile_cache):
+  run = Run(tiny_config(), tiny_workdir, 'rl')
+  run.parts.reward = lambda task, trajectory: {'total': float('nan'), 'success': 0.0}
+  before = jax.device_get(run.state)
+  metrics = run.step()
+  assert metrics['applied'] == 0.0 and run.host.rejected_in_a_row == 1
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.state), before)
+  with np.load(run.folder / 'rejected' / 'step_00000000_0.npz') as saved:
+    np.testing.assert_array_equal(saved['tokens'], run.batches[0].tokens)
+    assert set(saved) == set(run.batches[0]._fields)
+  run.parts.close()
