@@ -163,6 +163,19 @@ def test_nothing_compiles_after_warm_up(tiny):
     counter.close()
 
 
+class SlowSampler(Sampler):
+  """A real sampler on a device that takes its time, so that interruptions meet a decode."""
+
+  def __init__(self, like: Sampler):
+    self.__dict__.update(like.__dict__)
+    self.started, self.seconds = threading.Event(), 0.0
+
+  def decode(self, requests, floor=0):
+    self.started.set()
+    time.sleep(self.seconds)
+    return super().decode(requests, floor)
+
+
 # ---- bad programs --------------------------------------------------------------------------------
 
 
@@ -276,26 +289,29 @@ def test_bad_programs_end_their_own_trajectory_alone(tiny, plain):
 
 
 def test_a_cancelled_turn_leaves_the_context_as_it_was(tiny):
-  seen = {}
+  seen, sampler = {}, SlowSampler(tiny.sampler())
 
   async def gives_up(session):
     session.append(PROMPT)
     before = session.context.tokens.tolist()
     turn = asyncio.ensure_future(session.generate())
-    await asyncio.sleep(0.005)  # Long enough for a chunk or two.
+    while not sampler.started.is_set():
+      await asyncio.sleep(0.001)
     turn.cancel()
     with pytest.raises(asyncio.CancelledError):
       await turn
     seen['context'] = session.context.tokens.tolist() == before
-    turn = await session.generate()
+    # The decode under way draws for the turn before, more than this one asks for.
+    turn = await session.generate(max_tokens=2)
     session.finish(Status.FINISHED, answer=turn.text)
 
   async def patient(session):
     session.append(PROMPT)
-    session.finish(Status.FINISHED, answer=(await session.generate()).text)
+    session.finish(Status.FINISHED, answer=(await session.generate(max_tokens=2)).text)
 
-  task = tiny.task()
-  [a], [b] = (collect(tiny, [Job(task, 0, 'g', p)])[0] for p in (gives_up, patient))
+  sampler.seconds = 0.05
+  [a], [b] = (collect(tiny, [Job(tiny.task(), 0, 'g', p)], sampler=sampler)[0]
+              for p in (gives_up, patient))
   assert seen['context'] and a.status is Status.FINISHED and a.answer == b.answer
   assert tokens_of([a]) == tokens_of([b]) and len(a.turns) == 1
 
@@ -303,34 +319,22 @@ def test_a_cancelled_turn_leaves_the_context_as_it_was(tiny):
 # ---- interruptions -------------------------------------------------------------------------------
 
 
-class SlowSampler(Sampler):
-  """A real sampler on a device that takes its time, so that interruptions meet a decode."""
-
-  def __init__(self, like: Sampler):
-    self.__dict__.update(like.__dict__)
-    self.started, self.seconds = threading.Event(), 0.0
-
-  def decode(self, requests, floor=0):
-    self.started.set()
-    time.sleep(self.seconds)
-    return super().decode(requests, floor)
-
-
 def test_a_collection_that_is_cancelled_in_mid_decode_leaves_the_engine_usable(tiny, plain):
   sampler = SlowSampler(tiny.sampler())
-  jobs = jobs_of(tiny)
+  # Of other prompts: what their decode writes late would spoil those collected next.
+  others = [Job(tiny.task(50 + k), 0, 'o', agent([90 + k] * 9)) for k in range(4)]
   with tiny.engine(sampler=sampler) as engine:
 
     async def cancelled():
       sampler.seconds = 0.2
-      collection = asyncio.ensure_future(engine.collect_async(jobs))
+      collection = asyncio.ensure_future(engine.collect_async(others))
       while not sampler.started.is_set():
         await asyncio.sleep(0.001)
       collection.cancel()
       with pytest.raises(asyncio.CancelledError):
         await collection
       sampler.seconds = 0.0
-      return await engine.collect_async(jobs)
+      return await engine.collect_async(jobs_of(tiny))
 
     check_same(plain, asyncio.run(cancelled()))
 
