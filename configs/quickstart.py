@@ -24,5 +24,7 @@ def get_config() -> ConfigDict:
   c.sft.traces = 24_000
   c.sft.share_right = 0.45
   c.rl.drop_without_signal = True
+  c.rl.steps = 70
   c.rl.learning_rate = 3e-4
+  c.rl.schedule = 'cosine'
   return c

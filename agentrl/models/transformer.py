@@ -68,8 +68,9 @@ def embed(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
 def logits(params: Params, hidden: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
   """Returns [..., V] float32 logits of hidden states [..., D], divided by the temperature."""
   table = params.get('head', params['embedding']).astype(hidden.dtype)
-  scores = jax.lax.dot_general(hidden, table, (((hidden.ndim - 1,), (1,)), ((), ())),
-                               preferred_element_type=jnp.float32)
+  flat = hidden.reshape(-1, hidden.shape[-1])  # one plain matrix product, see `layers.project`
+  scores = jax.lax.dot_general(flat, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+  scores = scores.reshape(*hidden.shape[:-1], table.shape[0])
   return scores / temperature
 
 
