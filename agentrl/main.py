@@ -29,7 +29,8 @@ _BASE = pathlib.Path(__file__).resolve().parent.parent / 'configs' / 'base.py'
 
 def main(config: ConfigDict) -> int:
   """Runs the config and prints the summary; returns the exit code."""
-  logging.set_verbosity(logging.INFO)
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # the libraries below say much at INFO
   console = rich.console.Console()
   try:
     summary = loop.run(config, _WORKDIR.value, on_stage_end=report.write_report)

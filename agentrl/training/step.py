@@ -57,7 +57,7 @@ def make_update(config: ModelConfig, optimizer: optax.GradientTransformation, ob
       total = jax.lax.fori_loop(
           1, used, lambda i, total: _sum_parts(total, grad_fn(state.params, _part(parts, i))), total)
     (value, metrics), grads = total
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     proposed = (optax.apply_updates(state.params, updates), opt_state)

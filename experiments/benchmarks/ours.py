@@ -63,8 +63,8 @@ def prompts() -> list[np.ndarray]:
 
 def make_engine(context: int) -> Engine:
   """Returns an engine with a slot for each sequence and new parameters."""
-  sampler = Sampler(model(), slots=W.batch, context=context, chunk=32, row_buckets=(W.prompts, W.batch),
-                    token_buckets=(W.observation_length, W.prompt_length))
+  sampler = Sampler(model(), slots=W.batch, context=context, chunk=32, capacities=range(96, context + 1, 32),
+                    row_buckets=(W.prompts, W.batch), token_buckets=(W.observation_length, W.prompt_length))
   sampler.set_params(init_params(model(), jax.random.key(0)))
   return Engine(sampler, Ids(), limits=Limits(turn_tokens=W.new_tokens, trajectory_tokens=W.turns * W.new_tokens,
                                               context_tokens=context, turns=W.turns))
