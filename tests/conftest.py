@@ -6,6 +6,7 @@ JAX_PLATFORMS=cuda or tpu in the environment runs the tests there instead.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -32,18 +33,19 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope='session')
 def tiny_config():
-  """Returns a function from overrides, as on a command line, to the config of tests/training/tiny.py."""
+  """Returns a function from overrides to the config of tests/training/tiny.py."""
   from agentrl.core import config
 
   def load(overrides=None):
-    return config.load(_ROOT / 'tests' / 'training' / 'tiny.py', overrides, _ROOT / 'configs' / 'base.py')
+    return config.load(_ROOT / 'tests' / 'training' / 'tiny.py', overrides,
+                       _ROOT / 'configs' / 'base.py')
 
   return load
 
 
 @pytest.fixture(scope='session')
 def tiny_folder(tiny_config, tmp_path_factory):
-  """A workdir with the data set, the demonstrations and the tokenizer of the tiny config, and nothing else."""
+  """A workdir with the tiny config's data set, demonstrations and tokenizer, and nothing else."""
   from agentrl.training import build
 
   folder = tmp_path_factory.mktemp('tiny') / 'run'
@@ -59,29 +61,48 @@ def tiny_workdir(tiny_folder, tmp_path):
 
 
 @pytest.fixture(scope='session')
-def compile_cache(tmp_path_factory):
-  """Keeps compiled programs for all runs of the session, in this process and in those it starts."""
+def _compiled_folder(tmp_path_factory):
+  return str(tmp_path_factory.mktemp('compiled'))
+
+
+@contextlib.contextmanager
+def _jax_settings(settings):
+  """Sets jax up, here and in the processes started meanwhile."""
   import jax
   from jax.experimental.compilation_cache import compilation_cache
 
-  folder = str(tmp_path_factory.mktemp('compiled'))
-  settings = {'jax_compilation_cache_dir': folder, 'jax_persistent_cache_min_compile_time_secs': 0,
-              'jax_persistent_cache_min_entry_size_bytes': -1}
-  before = {name: getattr(jax.config, name) for name in settings}
+  before = {name: jax.config.values[name] for name in settings}
   with pytest.MonkeyPatch.context() as patch:
     for name, value in settings.items():
       patch.setenv(name.upper(), str(value))
       jax.config.update(name, value)
     compilation_cache.reset_cache()
-    yield folder
+    yield
   for name, value in before.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()
 
 
+@pytest.fixture(scope='module')
+def compile_cache(_compiled_folder):
+  """Compiles each program once a session."""
+  with _jax_settings({'jax_compilation_cache_dir': _compiled_folder,
+                      'jax_persistent_cache_min_compile_time_secs': 0,
+                      'jax_persistent_cache_min_entry_size_bytes': -1}):
+    yield
+
+
+@pytest.fixture(scope='module')
+def quick_compile(compile_cache):
+  """Compiles each program once a session, and in a hurry: for tests that run little."""
+  with _jax_settings({'jax_disable_most_optimizations': True}):
+    yield
+
+
 @pytest.fixture(scope='session', name='tiny')
 def tiny_policy():
-  """A random policy of two layers with its tokenizer and compiled samplers; see tests/tiny_policy.py."""
+  """A random policy of two layers with its tokenizer and compiled samplers; see
+  tests/tiny_policy.py."""
   # By path and on first use: tests are no package, and host-only tests need not import jax.
   spec = importlib.util.spec_from_file_location(
       'tiny_policy', pathlib.Path(__file__).with_name('tiny_policy.py'))

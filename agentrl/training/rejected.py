@@ -20,7 +20,8 @@ def note(host: HostState, workdir: pathlib.Path, batch: TrainBatch, applied: Any
 
   Args:
     host: Of the run, at the step in progress.
-    workdir: The run's folder; batches go to `rejected/step_00000012_0.npz`, an array a field of `TrainBatch`.
+    workdir: The run's folder; batches go to `rejected/step_00000012_0.npz`, an array a
+      field of `TrainBatch`.
     batch: Of the update.
     applied: Whether it was applied.
     index: Of the update within the step.
@@ -33,4 +34,5 @@ def note(host: HostState, workdir: pathlib.Path, batch: TrainBatch, applied: Any
   folder.mkdir(exist_ok=True)
   path = folder / f'step_{host.step:08d}_{index}.npz'
   np.savez_compressed(path, **jax.device_get(batch)._asdict())
-  logging.error('An update of step %d is not finite and was not applied; its batch is in %s', host.step, path)
+  logging.error('An update of step %d is not finite and was not applied; its batch is in %s',
+                host.step, path)

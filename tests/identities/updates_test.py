@@ -1,6 +1,7 @@
 """Identities of an update: how rows are packed, cut and spread over devices changes nothing.
 
-Expected values are those of the same batch laid out in another way, or zeros where the mathematics has no path.
+Expected values are those of the same batch laid out in another way, or zeros where the mathematics
+has no path.
 """
 
 from __future__ import annotations
@@ -23,21 +24,24 @@ from agentrl.training.optimizer import make_optimizer
 from agentrl.training.state import LearnerState
 from agentrl.training.step import make_score, make_update
 
+pytestmark = pytest.mark.usefixtures('quick_compile')
+
 VOCAB, LENGTH, TRAJECTORIES = 50, 32, 12
 # A token that only ever stands at the end of a trajectory, after everything that is in the loss.
 OBSERVED = 49
 
 
 def _config(value_head=False):
-  return ModelConfig(VOCAB, num_layers=2, width=16, ff_width=32, num_heads=4, num_kv_heads=4, head_dim=4,
-                     value_head=value_head, unroll_layers=False)
+  return ModelConfig(VOCAB, num_layers=2, width=16, ff_width=32, num_heads=4, num_kv_heads=4,
+                     head_dim=4, value_head=value_head, unroll_layers=False)
 
 
 @functools.cache
 def _params(value_head=False):
   params = jax.jit(functools.partial(init_params, _config(value_head)))(jax.random.key(0))
   if value_head:  # It starts at zero, where its gradient with respect to the trunk would vanish.
-    params['value']['weight'] = jax.random.normal(jax.random.key(1), params['value']['weight'].shape)
+    params['value']['weight'] = jax.random.normal(jax.random.key(1),
+                                                  params['value']['weight'].shape)
   return jax.device_get(params)
 
 
@@ -52,8 +56,9 @@ def _sequences():
     parts = [(False, 3 + i % 3), (True, 2 + i % 4), (False, 2), (True, 1 + i % 5)]
     mask = np.concatenate([np.full(n, sampled) for sampled, n in parts])
     tokens = rng.integers(1, OBSERVED, len(mask)).astype(np.int32)
-    log_probs = np.where(mask, np.log(1 / VOCAB) + 0.3 * rng.normal(size=len(mask)), np.nan).astype(np.float32)
-    turns = np.concatenate([np.full(n, k) for k, (_, n) in zip((0, 0, 1, 1), parts)]).astype(np.int32)
+    noise = 0.3 * rng.normal(size=len(mask))
+    log_probs = np.where(mask, noise - np.log(VOCAB), np.nan).astype(np.float32)
+    turns = np.repeat([0, 0, 1, 1], [n for _, n in parts]).astype(np.int32)
     made.append(packing.TokenSequence(tokens, mask, log_probs, turns, i))
   return made
 
@@ -62,15 +67,17 @@ UNPACKED = [[i] for i in range(TRAJECTORIES)]
 
 
 def _batch(rows, *, plan=None, micro_batches=1, sequences=None):
-  """Returns a batch whose values and reference log-probs follow from each token alone, and the micro-batches used."""
+  """Returns a batch, values and reference following from each token alone, and what is used."""
   groups = np.arange(TRAJECTORIES, dtype=np.int32) // 4
   rewards = (np.arange(TRAJECTORIES) * 7 % 5 / 5).astype(np.float32)
-  outcome = packing.Outcome(groups, rewards, np.ones(TRAJECTORIES, np.float32), np.ones(TRAJECTORIES, bool))
+  outcome = packing.Outcome(groups, rewards, np.ones(TRAJECTORIES, np.float32),
+                            np.ones(TRAJECTORIES, bool))
   batch, used = packing.pack(sequences or _sequences(), outcome, rows=rows, row_length=LENGTH,
                              micro_batches=micro_batches, plan=plan)
   waves = np.sin(3.0 * batch.tokens + batch.positions).astype(np.float32)
   values = np.where(batch.segment_ids > 0, waves, 0.0).astype(np.float32)
-  reference = np.where(batch.loss_mask, batch.behaviour_log_probs + 0.2 * waves, 0.0).astype(np.float32)
+  reference = batch.behaviour_log_probs + np.where(batch.loss_mask, 0.2 * waves, 0.0)
+  reference = reference.astype(np.float32)
   return batch._replace(values=values, reference_log_probs=reference), used
 
 
@@ -86,8 +93,8 @@ def _state(name, optimizer, mesh=None):
 def _update(name, optimizer='adamw', micro_batches=1, mesh=None):
   """Returns the optimiser and the compiled update."""
   optimizer = make_optimizer(optimizer, 1e-2)
-  return optimizer, make_update(_config(name == 'ppo'), optimizer, _objective(name), micro_batches=micro_batches,
-                                mesh=mesh)
+  return optimizer, make_update(_config(name == 'ppo'), optimizer, _objective(name),
+                                micro_batches=micro_batches, mesh=mesh)
 
 
 def _run(name, batch, used, *, micro_batches=1, mesh=None, updates=1):
@@ -113,7 +120,8 @@ def _loss_and_gradients(name):
     micro = objective.prepare(batch)
 
     def loss(params):
-      got = transformer.evaluate(params, config, micro.tokens, micro.positions, micro.segment_ids, with_entropy=True)
+      got = transformer.evaluate(params, config, micro.tokens, micro.positions, micro.segment_ids,
+                                 with_entropy=True)
       return objective.loss(objectives.PolicyOutputs(*got), micro)[0]
 
     return jax.value_and_grad(loss)(params)
@@ -130,31 +138,37 @@ def test_packed_rows_give_the_loss_and_gradients_of_one_trajectory_a_row(name):
   other_loss, other_grads = _loss_and_gradients(name)(unpacked)
   np.testing.assert_allclose(loss, other_loss, atol=1e-5)
   _assert_trees_close(grads, other_grads, 1e-5)
-  assert max(np.abs(g).max() for g in jax.tree.leaves(grads)) > 1e-2  # The comparison is of something.
+  # The comparison is of something.
+  assert max(np.abs(g).max() for g in jax.tree.leaves(grads)) > 1e-2
 
 
 @pytest.mark.parametrize('name', ['grpo', 'ppo'])
 def test_a_last_observation_changes_nothing(name):
   # No token in the loss comes after it, so it has no way into the loss but as a target.
-  sequences = [s._replace(tokens=np.append(s.tokens, OBSERVED).astype(np.int32), loss_mask=np.append(s.loss_mask, False),
-                          log_probs=np.append(s.log_probs, np.nan).astype(np.float32),
-                          turns=np.append(s.turns, 2).astype(np.int32)) for s in _sequences()]
+  last = (OBSERVED, False, np.nan, 2)  # token, mask, log-prob, turn
+  sequences = [
+      packing.TokenSequence(*(np.append(x, end).astype(x.dtype) for x, end in zip(s, last)),
+                            s.trajectory) for s in _sequences()
+  ]
   loss, grads = _loss_and_gradients(name)(_batch(TRAJECTORIES)[0])
-  longer_loss, longer_grads = _loss_and_gradients(name)(_batch(TRAJECTORIES, sequences=sequences)[0])
+  longer, _ = _batch(TRAJECTORIES, sequences=sequences)
+  longer_loss, longer_grads = _loss_and_gradients(name)(longer)
   np.testing.assert_allclose(longer_loss, loss, atol=1e-6)
   _assert_trees_close(longer_grads, grads, 1e-6)
 
 
 @pytest.mark.parametrize('name', ['grpo', 'ppo'])
 def test_what_the_policy_did_not_draw_gets_exactly_no_gradient(name):
-  # Through the whole loss, with KL, entropy and value terms, to log-probs, entropies and values of every position.
+  # Through the whole loss, with KL, entropy and value terms, to log-probs, entropies and values of
+  # every position.
   batch, _ = _batch(8)
   config, objective = _config(name == 'ppo'), _objective(name)
 
   @jax.jit
   def gradients(params, batch):
     micro = objective.prepare(batch)
-    got = transformer.evaluate(params, config, batch.tokens, batch.positions, batch.segment_ids, with_entropy=True)
+    got = transformer.evaluate(params, config, batch.tokens, batch.positions, batch.segment_ids,
+                               with_entropy=True)
     return jax.grad(lambda o: objective.loss(o, micro)[0])(objectives.PolicyOutputs(*got))
 
   grads = gradients(_params(name == 'ppo'), batch)
@@ -180,27 +194,33 @@ def test_micro_batches_and_their_padding_do_not_change_an_update():
     _assert_trees_close(state.params, want.params, 1e-4)
 
 
+def _shard_shape(x):
+  return x.sharding.shard_shape(x.shape)
+
+
 @functools.cache
 def _on_one_device(name):
   return _run(name, *_batch(8), updates=3)
 
 
-@pytest.mark.parametrize('shape, name', [((8, 1, 1), 'ppo'), ((2, 4, 1), 'grpo'), ((1, 2, 4), 'ppo')])
+@pytest.mark.parametrize('shape, name', [
+    ((8, 1, 1), 'ppo'), ((2, 4, 1), 'grpo'), ((1, 2, 4), 'ppo'),
+])
 def test_eight_devices_make_the_updates_of_one(shape, name):
   if jax.device_count() < 8:
     pytest.skip('needs eight devices')
   want, losses, _ = _on_one_device(name)
   mesh = meshes.make_mesh(dict(zip(('data', 'fsdp', 'tensor'), shape)), jax.devices()[:8])
-  layout = jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), _state(name, _update(name)[0], mesh).params)
+  layout = jax.tree.map(_shard_shape, _state(name, _update(name)[0], mesh).params)
   state, other_losses, _ = _run(name, *_batch(8), mesh=mesh, updates=3)
   np.testing.assert_allclose(other_losses, losses, atol=1e-5)
   _assert_trees_close(jax.device_get(state.params), jax.device_get(want.params), 1e-4)
   # They stay split as they were, moments too, or the next step would be another program.
-  assert jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), state.params) == layout
-  moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == state.params['layers']['up'].shape]
-  assert len(moments) == 2
-  assert {m.sharding.shard_shape(m.shape) for m in moments} == {layout['layers']['up']}
-  assert layout['layers']['up'] == (2, 16 // shape[1], 2, 32 // shape[2])  # [L, D / fsdp, 2, F / tensor]
+  assert jax.tree.map(_shard_shape, state.params) == layout
+  whole, part = state.params['layers']['up'].shape, layout['layers']['up']
+  moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == whole]
+  assert [_shard_shape(m) for m in moments] == [part] * 2
+  assert part == (2, 16 // shape[1], 2, 32 // shape[2])  # [L, D / fsdp, 2, F / tensor]
 
 
 @pytest.mark.parametrize('name, optimizer', [('grpo', 'muon'), ('ppo', 'adamw')])

@@ -1,7 +1,7 @@
-"""Tests of whole runs in processes of their own: what a run leaves behind, and that ending it anywhere changes nothing.
+"""Tests of whole runs: what one leaves behind, and that ending it anywhere changes nothing.
 
-Expected values are those of one run that nobody disturbed. AGENTRL_KILLS=10 in the environment kills ten times, not
-three.
+Expected values are those of one run that nobody disturbed. AGENTRL_KILLS=10 in the environment
+kills ten times, not three.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def start(workdir, *overrides):
   """Starts the tiny run on one device."""
   environment = {**os.environ, 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'}
   with open(workdir.with_suffix('.log'), 'a', encoding='utf-8') as log:
-    return subprocess.Popen(
-        [sys.executable, '-m', 'agentrl.main', '--config=tests/training/tiny.py', f'--workdir={workdir}', *overrides],
-        cwd=_ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    return subprocess.Popen([
+        sys.executable, '-m', 'agentrl.main', '--config=tests/training/tiny.py',
+        f'--workdir={workdir}', '--verbosity=0', *overrides
+    ], cwd=_ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def log_of(workdir):
@@ -70,12 +71,15 @@ def saved(workdir):
 
 def lines(workdir):
   """Returns the lines of metrics.jsonl without what is a time."""
-  return [{k: v for k, v in line.items() if not _TIMES.match(k)} for line in writers.read_metrics(workdir)]
+  return [_timeless(line) for line in writers.read_metrics(workdir)]
 
 
 def summary(workdir):
-  found = json.loads((workdir / 'summary.json').read_text())
-  return {k: v for k, v in found.items() if not _TIMES.match(k)}
+  return _timeless(json.loads((workdir / 'summary.json').read_text()))
+
+
+def _timeless(values):
+  return {k: v for k, v in values.items() if not _TIMES.match(k)}
 
 
 def assert_same_run(workdir, reference):
@@ -90,9 +94,10 @@ def assert_same_run(workdir, reference):
 
 
 @pytest.fixture(scope='module')
-def undisturbed(tiny_folder, tmp_path_factory, compile_cache):
+def undisturbed(tiny_folder, tmp_path_factory, quick_compile):
   """The workdir of a run from start to end."""
-  workdir = pathlib.Path(shutil.copytree(tiny_folder, tmp_path_factory.mktemp('undisturbed') / 'run'))
+  folder = tmp_path_factory.mktemp('undisturbed')
+  workdir = pathlib.Path(shutil.copytree(tiny_folder, folder / 'run'))
   finish(workdir)
   return workdir
 
@@ -129,7 +134,7 @@ def test_starting_a_finished_run_again_changes_nothing(undisturbed, tmp_path):
   assert_same_run(workdir, undisturbed)
 
 
-def test_kills_at_random_points_change_nothing(undisturbed, tiny_folder, tmp_path, compile_cache):
+def test_kills_at_random_points_change_nothing(undisturbed, tiny_folder, tmp_path, quick_compile):
   rng = random.Random(int(os.environ.get('AGENTRL_KILL_SEED', '0')))
   workdir = pathlib.Path(shutil.copytree(tiny_folder, tmp_path / 'run'))
   killed = []
@@ -153,8 +158,10 @@ def test_kills_at_random_points_change_nothing(undisturbed, tiny_folder, tmp_pat
   assert_same_run(workdir, undisturbed)
 
 
-def test_a_kill_while_the_workdir_is_being_prepared_changes_nothing(undisturbed, tmp_path, compile_cache):
-  # The data set, the demonstrations and the tokenizer are made at the start: kill there, then let it finish.
+def test_a_kill_while_the_workdir_is_being_prepared_changes_nothing(undisturbed, tmp_path,
+                                                                    quick_compile):
+  # The data set, the demonstrations and the tokenizer are made at the start: kill there, then let
+  # it finish.
   workdir = tmp_path / 'run'
   process = start(workdir)
   assert wait_for(process, lambda: (workdir / 'config.json').exists())
@@ -165,7 +172,8 @@ def test_a_kill_while_the_workdir_is_being_prepared_changes_nothing(undisturbed,
   assert_same_run(workdir, undisturbed)
 
 
-def test_sigterm_saves_and_starting_again_goes_on(undisturbed, tiny_folder, tmp_path, compile_cache):
+def test_sigterm_saves_and_starting_again_goes_on(undisturbed, tiny_folder, tmp_path,
+                                                  quick_compile):
   workdir = pathlib.Path(shutil.copytree(tiny_folder, tmp_path / 'run'))
   process = start(workdir)
   assert wait_for(process, lambda: len(writers.read_metrics(workdir)) >= 4)
@@ -186,12 +194,12 @@ def test_a_truncated_checkpoint_is_stepped_over_loudly(undisturbed, tmp_path):
   largest = max((p for p in newest.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
   os.truncate(largest, largest.stat().st_size // 2)
   finish(workdir)
-  assert 'CHECKPOINT DAMAGED' in log_of(workdir) and f'Moved to {workdir / "checkpoints" / "corrupt_step_"}' in (
-      log_of(workdir))
+  assert 'CHECKPOINT DAMAGED' in log_of(workdir)
+  assert f'Moved to {workdir / "checkpoints" / "corrupt_step_"}' in log_of(workdir)
   assert_same_run(workdir, undisturbed)
 
 
-def test_three_updates_that_are_not_finite_end_the_run(tiny_folder, tmp_path, compile_cache):
+def test_three_updates_that_are_not_finite_end_the_run(tiny_folder, tmp_path, quick_compile):
   # The first update at this rate sends the parameters out of range; every later loss is NaN.
   workdir = pathlib.Path(shutil.copytree(tiny_folder, tmp_path / 'run'))
   overrides = ['--config.stages=sft', '--config.sft.learning_rate=1e38', '--config.sft.steps=20']
@@ -209,7 +217,8 @@ def test_three_updates_that_are_not_finite_end_the_run(tiny_folder, tmp_path, co
   assert 'Traceback' not in log_of(workdir)
 
 
-def test_nan_rewards_end_the_reinforcement_stage(tiny_config, tiny_workdir, compile_cache, monkeypatch):
+def test_nan_rewards_end_the_reinforcement_stage(tiny_config, tiny_workdir, quick_compile,
+                                                 monkeypatch):
   from agentrl.training import build
   nan = lambda task, trajectory: {'total': float('nan'), 'success': 0.0}
   monkeypatch.setattr(build.rewards, 'make_reward', lambda weights: nan)

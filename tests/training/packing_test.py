@@ -1,4 +1,4 @@
-"""Tests of packing. Expected values follow from the definition: every token of every sequence stands once, in order."""
+"""Tests of packing; by its definition every token of every sequence stands once, in order."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def test_plan_refuses_a_sequence_longer_than_a_row():
 @hypothesis.given(LENGTHS, st.integers(0, 9), st.sampled_from([1, 2, 4]))
 def test_rows_hold_the_sequences_as_they_are(lengths, seed, micro_batches):
   sequences = _sequences(lengths, seed)
-  rows = -(-max(1, len(packing.plan_rows(lengths, 16))) // micro_batches) * micro_batches + micro_batches
+  needed = len(packing.plan_rows(lengths, 16))
+  rows = (needed // micro_batches + 2) * micro_batches
   batch, used = packing.pack(sequences, _outcome(len(lengths)), rows=rows, row_length=16,
                              micro_batches=micro_batches)
   seen = []
@@ -63,12 +64,14 @@ def test_rows_hold_the_sequences_as_they_are(lengths, seed, micro_batches):
       np.testing.assert_array_equal(batch.positions[r, at], np.arange(len(s.tokens)))
       np.testing.assert_array_equal(batch.turn_ids[r, at], s.turns)
       np.testing.assert_array_equal(batch.loss_mask[r, at], s.loss_mask)
-      np.testing.assert_array_equal(batch.behaviour_log_probs[r, at], np.where(s.loss_mask, s.log_probs, 0))
+      np.testing.assert_array_equal(batch.behaviour_log_probs[r, at],
+                                    np.where(s.loss_mask, s.log_probs, 0))
   assert sorted(seen) == list(range(len(lengths)))
   padded = batch.segment_ids == 0
   assert not batch.loss_mask[padded].any() and (batch.trajectory_ids[padded] == -1).all()
   assert (batch.turn_ids[padded] == -1).all() and np.isfinite(batch.behaviour_log_probs).all()
-  # Micro-batch m is rows m, m + M, ...: what lies past the used ones is padding, and none of the used is all padding.
+  # Micro-batch m is rows m, m + M, ...: what lies past the used ones is padding, and none of the
+  # used is all padding.
   filled = [(batch.segment_ids[m::micro_batches] > 0).any() for m in range(micro_batches)]
   assert filled == [m < used and bool(lengths) for m in range(micro_batches)]
 
@@ -87,7 +90,8 @@ def test_weight_zero_takes_a_trajectory_out_of_the_loss():
 ])
 def test_what_does_not_fit_is_refused(rows, micro_batches, words):
   with pytest.raises(ValueError, match=words):
-    packing.pack(_sequences([5, 3, 8]), _outcome(3), rows=rows, row_length=8, micro_batches=micro_batches)
+    packing.pack(_sequences([5, 3, 8]), _outcome(3), rows=rows, row_length=8,
+                 micro_batches=micro_batches)
 
 
 def test_sequences_are_the_recorded_segments():
@@ -97,8 +101,10 @@ def test_sequences_are_the_recorded_segments():
   second.append_forced([8], 1)
   second.append_sampled([9], [-0.25], [0.2], 1)
   task = Task('t', 'tools', (Message('user', '?'),), None)
-  trajectories = [Trajectory(task, 0, 't', 0, segments=[first, empty, second]), Trajectory(task, 1, 't', 0,
-                                                                                           segments=[second])]
+  trajectories = [
+      Trajectory(task, 0, 't', 0, segments=[first, empty, second]),
+      Trajectory(task, 1, 't', 0, segments=[second])
+  ]
   got = packing.sequences_of(trajectories)
   assert [(s.trajectory, s.tokens.tolist(), s.loss_mask.tolist()) for s in got] == [
       (0, [5, 6, 7], [False, False, True]), (0, [8, 9], [False, True]), (1, [8, 9], [False, True])]

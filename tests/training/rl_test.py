@@ -1,6 +1,7 @@
-"""Tests of the reinforcement stage on real rollouts: the policy's own sampler, real tools, real updates.
+"""Tests of the reinforcement stage on real rollouts, with real tools and real updates.
 
-Expected values are the trajectories on disk, and the identity that a policy which has not moved has ratio 1.
+Expected values are the trajectories on disk, and the identity that a policy which has not moved has
+ratio 1.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Run:
     self.parts = build.build(config, folder)
     self.stage = ReinforcementStage(self.parts, name)
     self.host = HostState()
-    self.state = self.stage.begin(LearnerState(self.parts.init_params(), {}, np.int32(0)), self.host)
+    self.state = self.stage.begin(LearnerState(self.parts.init_params(), {}, np.int32(0)),
+                                  self.host)
     self.stage.warm_up(self.state)
     self.batches = []
     update = self.stage._update
@@ -51,7 +53,7 @@ class Run:
 
 
 @pytest.fixture(params=list(ALGORITHMS))
-def run(request, tiny_config, tiny_workdir, compile_cache):
+def run(request, tiny_config, tiny_workdir, quick_compile):
   made = Run(tiny_config(ALGORITHMS[request.param]), tiny_workdir, 'rl')
   yield made
   made.parts.close()
@@ -70,15 +72,16 @@ def test_rollouts_are_trained_on_as_they_were_sampled(run):
     assert 0 <= m['log_prob_gap_max'] < 1e-4
     assert m['policy/ratio_max'] == pytest.approx(1.0, abs=1e-4)
     assert m['applied'] == 1.0 and np.isfinite(m['loss'])
-  # The batches hold the tokens on disk, no more and no less, with the mask and the log-probs of their sampling.
+  # The batches hold the tokens on disk, no more and no less, with the mask and the log-probs of
+  # their sampling.
   minibatches = run.parts.config.rl.minibatches
   for step in range(2):
     trajectories = _trajectories(run.folder, step)
     batches = run.batches[step * minibatches:(step + 1) * minibatches]
     size = len(trajectories) // minibatches
     for k, batch in enumerate(batches):
-      assert (batch.segment_ids > 0).sum() == sum(len(s) for t in trajectories[k * size:(k + 1) * size]
-                                                  for s in t.segments)
+      assert (batch.segment_ids > 0).sum() == sum(
+          len(s) for t in trajectories[k * size:(k + 1) * size] for s in t.segments)
       for i, t in enumerate(trajectories[k * size:(k + 1) * size]):
         (segment,), where = t.segments, batch.trajectory_ids == i
         np.testing.assert_array_equal(batch.tokens[where], segment.tokens)
@@ -90,24 +93,29 @@ def test_rollouts_are_trained_on_as_they_were_sampled(run):
   groups = {}
   for t in _trajectories(run.folder, 0):
     groups.setdefault(t.group_id, []).append(tuple(t.segments[0].tokens))
-  assert [len(g) for g in groups.values()] == [4] * 4 and all(len(set(g)) == 4 for g in groups.values())
+  assert [len(g) for g in groups.values()] == [4] * 4
+  assert all(len(set(g)) == 4 for g in groups.values())
 
 
-def test_the_reference_is_the_policy_that_the_stage_began_with(tiny_config, tiny_workdir, compile_cache):
+def test_the_reference_is_the_policy_that_the_stage_began_with(tiny_config, tiny_workdir,
+                                                               quick_compile):
   run = Run(tiny_config(ALGORITHMS['ppo']), tiny_workdir, 'rl')
   before = jax.device_get(run.state.params)
   first = run.step()
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.state.reference), before)
-  # Before any update the policy is its own reference: the first of the two updates of a step sees no divergence.
-  np.testing.assert_allclose(run.batches[0].reference_log_probs, run.batches[0].behaviour_log_probs, atol=1e-4)
-  assert np.abs(run.batches[1].reference_log_probs - run.batches[1].behaviour_log_probs).max() < 1e-4
+  # Before any update the policy is its own reference: the first of the two updates of a step sees
+  # no divergence.
+  np.testing.assert_allclose(run.batches[0].reference_log_probs, run.batches[0].behaviour_log_probs,
+                             atol=1e-4)
+  drift = np.abs(run.batches[1].reference_log_probs - run.batches[1].behaviour_log_probs)
+  assert drift.max() < 1e-4
   run.step()
   drift = np.abs(run.batches[2].reference_log_probs - run.batches[2].behaviour_log_probs)
   assert drift.max() > 1e-4 and np.isfinite(first['kl'])
   run.parts.close()
 
 
-def test_a_batch_without_signal_is_skipped_and_counted(tiny_config, tiny_workdir, compile_cache):
+def test_a_batch_without_signal_is_skipped_and_counted(tiny_config, tiny_workdir, quick_compile):
   # With no weight on any part but one that is always 0 here, all rewards are equal.
   run = Run(tiny_config({'reward.weights.calls': '0.0'}), tiny_workdir, 'rl')
   before = jax.device_get(run.state.params)
@@ -119,7 +127,7 @@ def test_a_batch_without_signal_is_skipped_and_counted(tiny_config, tiny_workdir
   run.parts.close()
 
 
-def test_groups_without_signal_are_left_out_if_asked(tiny_config, tiny_workdir, compile_cache):
+def test_groups_without_signal_are_left_out_if_asked(tiny_config, tiny_workdir, quick_compile):
   run = Run(tiny_config({'rl.drop_without_signal': 'true'}), tiny_workdir, 'rl')
   metrics = run.step()
   (batch,), trajectories = run.batches, _trajectories(run.folder, 0)
@@ -128,11 +136,13 @@ def test_groups_without_signal_are_left_out_if_asked(tiny_config, tiny_workdir, 
   assert 0 < varied.sum() < 4, 'this seed should give groups of both kinds'
   assert metrics['signal_groups'] == varied.sum()
   np.testing.assert_array_equal(batch.weights, np.repeat(varied, 4))
-  assert set(batch.trajectory_ids[batch.segment_ids > 0]) == set(np.nonzero(np.repeat(varied, 4))[0])
+  (kept,) = np.nonzero(np.repeat(varied, 4))
+  assert set(batch.trajectory_ids[batch.segment_ids > 0]) == set(kept)
   run.parts.close()
 
 
-def test_an_update_that_is_not_finite_leaves_its_batch_behind(tiny_config, tiny_workdir, compile_cache):
+def test_an_update_that_is_not_finite_leaves_its_batch_behind(tiny_config, tiny_workdir,
+                                                              quick_compile):
   run = Run(tiny_config(), tiny_workdir, 'rl')
   run.parts.reward = lambda task, trajectory: {'total': float('nan'), 'success': 0.0}
   before = jax.device_get(run.state)
