@@ -139,6 +139,9 @@ def make_objective(config: ConfigDict) -> Any:
   """Returns the objective of the RL stage, checked against the rest of the config."""
   objective = _make('rl.options', OBJECTIVES.get(config.rl.algorithm), **config.rl.options)
   objective.check(group_size=config.rl.group_size, value_head=objective.needs_values, reference=config.rl.reference)
+  if config.rl.drop_without_signal and objective.min_group < 2:
+    raise ValueError(f"rl.drop_without_signal compares the rewards of a group's samples and cannot go with objective "
+                     f'{objective.name!r}, which learns from single ones; set it to false, or take grpo')
   return objective
 
 

@@ -96,7 +96,7 @@ class _Loop:
     # `begin` tells the shape of a stage's state; its values are overwritten.
     template = self._stage(host).begin(bare, HostState()) if host.stage_step else bare
     restored = self._checkpointer.restore(template)
-    logging.info('Going on from step %d in %s', restored.step, self._parts.workdir)
+    logging.warning('Going on from step %d in %s', restored.step, self._parts.workdir)
     return restored.arrays, HostState(**restored.host)
 
   def _stage(self, host: HostState) -> Any:
