@@ -1,6 +1,8 @@
 """The quickstart with PPO instead of GRPO: a value head, GAE over the policy's own tokens, one sample a question.
 
     python -m agentrl.main --config=configs/quickstart_ppo.py --workdir=runs/quickstart_ppo
+
+Hardware as for the quickstart. Not run to its end yet: PPO is held to a success threshold on a smaller task by tests/learning.
 """
 
 from ml_collections import ConfigDict
