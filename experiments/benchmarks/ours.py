@@ -63,7 +63,7 @@ def prompts() -> list[np.ndarray]:
 
 def make_engine(context: int) -> Engine:
   """Returns an engine with a slot for each sequence and new parameters."""
-  sampler = Sampler(model(), slots=W.batch, context=context, chunk=32, capacities=range(96, context + 1, 32),
+  sampler = Sampler(model(), slots=W.batch, context=context, chunk=32, capacities=sorted({96, *range(128, context, 64), context}),
                     row_buckets=(W.prompts, W.batch), token_buckets=(W.observation_length, W.prompt_length))
   sampler.set_params(init_params(model(), jax.random.key(0)))
   return Engine(sampler, Ids(), limits=Limits(turn_tokens=W.new_tokens, trajectory_tokens=W.turns * W.new_tokens,
