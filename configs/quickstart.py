@@ -2,7 +2,7 @@
 
     bash launch/quickstart.sh
 
-Hardware: two CPU cores, 4 GB. Wall time: about 10 minutes (34 s set-up, 22 s compilation, 4 minutes cold start, 5 minutes RL).
+Hardware: two CPU cores. Wall time: about 10 minutes (34 s set-up, 22 s compilation, 4 minutes cold start, 5 minutes RL).
 Expected: held-out success 0.38 to 0.45 after the cold start, 0.92 to 0.95 after RL over three seeds, under 0.01 with the tools disabled.
 """
 

@@ -207,7 +207,7 @@ class Engine:
       await self._settle()
       self._assign_slots()
       if self._ready:
-        self._fill_cache()
+        self._extend(self._ready)
         await self._decode()
       elif self._tasks:
         started = time.perf_counter()
@@ -327,9 +327,6 @@ class Engine:
     self.sampler.extend(extensions)
     self.stats.extended_tokens += sum(len(e.tokens) for e in extensions)
     self.stats.extend_seconds += time.perf_counter() - started
-
-  def _fill_cache(self):
-    self._extend(self._ready)
 
   async def _decode(self):
     """Draws one chunk for every ready session and hands out what is done."""

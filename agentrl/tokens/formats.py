@@ -334,3 +334,17 @@ class FencedFormat:
     """See CallFormat."""
     lines = [f'```{t["name"]}```: {t["description"]}' for t in tools]
     return '\n'.join(['Code blocks in these languages are run:', *lines])
+
+
+def make(name: str, tools: Sequence[Any]) -> CallFormat:
+  """Returns the call format of that name for some tools.
+
+  Args:
+    name: 'xml', 'hermes', 'fenced', or another that is registered.
+    tools: Objects with `name` and `parameters`; only XML, which has a tag for each, reads them.
+  Raises:
+    agentrl.core.registry.UnknownNameError: if there is none; lists those there are.
+    ValueError: if a tool cannot be written in this format.
+  """
+  factory = FORMATS.get(name)
+  return xml_format(tools) if factory is XmlFormat else factory()

@@ -119,7 +119,7 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Parts:
   workdir = pathlib.Path(workdir)
   mesh = meshes.make_mesh(dict(config.mesh))
   named_tools = [tools.make(name) for name in config.tools.names]
-  call_format = _call_format(config.tools.call_format, named_tools)
+  call_format = formats.make(config.tools.call_format, named_tools)
   sources = {split: _source(config, workdir, split) for split in ('train', 'test')}
   _check_answers(sources)
   executor = executors.Executor(
@@ -187,11 +187,6 @@ def _source(config: ConfigDict, workdir: pathlib.Path, split: str) -> Any:
 
 def _schemas(named_tools: list[tools.Tool]) -> list[dict[str, Any]]:
   return [{'name': t.name, 'description': t.description, 'parameters': t.parameters} for t in named_tools]
-
-
-def _call_format(name: str, named_tools: list[tools.Tool]) -> Any:
-  factory = formats.FORMATS.get(name)
-  return formats.xml_format(named_tools) if name == 'xml' else factory()
 
 
 def _demonstrations(config: ConfigDict, workdir: pathlib.Path, source: Any, executor: executors.Executor,
