@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from agentrl.models import layers
+from agentrl.models import layers, lora
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import Params
 
@@ -44,19 +44,25 @@ def hidden_states(params: Params, config: ModelConfig, tokens: jax.Array, positi
     [B, T, D] in the compute dtype.
   """
   x = embed(params, config, tokens)
-  cos, sin = layers.rotary_angles(positions, config.head_dim, config.rope_theta)
   index = jnp.arange(tokens.shape[1])
-  mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (index[:, None] >= index[None, :])[None]
+  distances = (index[:, None] - index[None, :])[None]
+  mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (distances >= 0)
+  kinds = layers.sights(config, positions, distances, mask)
+  several = jax.tree.map(lambda *x: jnp.stack(x), *kinds) if len(kinds) > 1 else None
 
-  def block(x, layer):
-    q, k, v = layers.project_qkv(layer, x, cos, sin, config)
-    attended = layers.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)
-    return layers.add_mlp(layer, layers.add_attention(layer, x, attended), config), None
+  def block(x, inputs):
+    layer, kind = inputs
+    see = kinds[0] if several is None else jax.tree.map(lambda x: x[kind], several)
+    q, k, v = layers.project_qkv(layer, x, see.cos, see.sin, config)
+    attended = layers.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), see.mask,
+                             scale=config.query_scale, sinks=layer.get('sinks'))
+    return layers.add_mlp(layer, layers.add_attention(layer, x, attended, config), config), None
 
   if config.remat:
     block = jax.checkpoint(block)
-  x, _ = jax.lax.scan(block, x, params['layers'], unroll=config.num_layers if config.unroll_layers else 1)
-  return layers.rms_norm(x, params['final_norm'], config.norm_eps)
+  inputs = params['layers'], None if several is None else jnp.asarray(config.kind_of_layer)
+  x, _ = jax.lax.scan(block, x, inputs, unroll=config.num_layers if config.unroll_layers else 1)
+  return layers.norm(x, params['final_norm'], config)
 
 
 def embed(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
@@ -65,13 +71,20 @@ def embed(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
   return x * jnp.asarray(config.width**0.5, x.dtype) if config.scale_embeddings else x
 
 
-def logits(params: Params, hidden: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
-  """Returns [..., V] float32 logits of hidden states [..., D], divided by the temperature."""
+def logits(params: Params, hidden: jax.Array, temperature: float | jax.Array = 1.0, known: int = 0) -> jax.Array:
+  """Returns [..., V] float32 logits of hidden states [..., D], divided by the temperature.
+
+  Those of ids from `known` on say that they never come, unless it is 0.
+  """
   table = params.get('head', params['embedding']).astype(hidden.dtype)
   flat = hidden.reshape(-1, hidden.shape[-1])  # one plain matrix product, see `layers.project`
   scores = jax.lax.dot_general(flat, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
   scores = scores.reshape(*hidden.shape[:-1], table.shape[0])
-  return scores / temperature
+  scores = scores / temperature
+  if 0 < known < scores.shape[-1]:
+    ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    scores = jnp.where(ids < known, scores, layers.MASKED)
+  return scores
 
 
 def evaluate(params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
@@ -89,13 +102,15 @@ def evaluate(params: Params, config: ModelConfig, tokens: jax.Array, positions: 
     temperature: Of the policy.
     with_entropy: Whether to compute entropies, which costs one more pass over the logits.
   """
+  if config.adapted:
+    params = lora.freeze(params)
   hidden = hidden_states(params, config, tokens, positions, segment_ids)
   # The state a token is drawn in is the hidden state before it; a sequence's first token has none.
   before = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
   has_before = positions > 0
 
   def score(states, targets):
-    scores = logits(params, states, temperature)
+    scores = logits(params, states, temperature, config.known_tokens)
     log_z = jax.nn.logsumexp(scores, axis=-1)
     log_probs = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0] - log_z
     if not with_entropy:

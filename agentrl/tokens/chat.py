@@ -64,18 +64,21 @@ class ChatTemplate:
     return (tokenizer_lib.END,)
 
   def render(self, messages: Sequence[types.Message], *, tools: Sequence[Mapping[str, Any]] = (),
-             add_generation_prompt: bool = False) -> list[int]:
+             add_generation_prompt: bool = False, continued: bool | None = None) -> list[int]:
     """Returns the ids of messages.
 
     Args:
       messages: In order; any stretch of a chat, so that increments can be rendered alone.
       tools: Schemas to list in a system message before the first message; () for no such message.
       add_generation_prompt: Whether the assistant's marker follows, for the policy to go on.
+      continued: Whether they follow a turn of the policy; makes no difference here, as it does to
+        templates of checkpoints.
     Returns:
       [n] ids.
     Raises:
       ValueError: if a role is unknown.
     """
+    del continued
     ids = []
     if tools:
       ids += self._message(types.Message('system', self._describe(tools)))

@@ -15,7 +15,7 @@ from typing import Any, Iterator, Mapping, Protocol, Sequence
 from agentrl.core import registry
 from agentrl.core import types
 
-FORMATS: registry.Registry = registry.Registry('call format')
+FORMATS: registry.Registry = registry.Registry('call format', 'agentrl.tokens.call_formats')
 
 
 class CallFormat(Protocol):
@@ -117,7 +117,7 @@ class HermesFormat:
   def parse(self, text: str) -> tuple[types.ToolCall, ...]:
     """See CallFormat."""
     return tuple(types.ToolCall('', {}, region.error) if region.error else
-                 _json_call(region.content) for region in _regions(text, ('tool_call',)))
+                 json_call(region.content) for region in _regions(text, ('tool_call',)))
 
   def render(self, call: types.ToolCall) -> str:
     """See CallFormat.
@@ -126,12 +126,7 @@ class HermesFormat:
       ValueError: for a malformed call, and arguments that JSON cannot hold.
       TypeError: for arguments that JSON cannot hold.
     """
-    _refuse_error(call)
-    body = json.dumps({'name': call.name, 'arguments': dict(call.arguments)}, ensure_ascii=False,
-                      allow_nan=False)
-    for marker in self.markers:
-      # '<' occurs within strings only, where JSON has another way to write it.
-      body = body.replace(marker, '\\u003c' + marker[1:])
+    body = render_json_call(call, escaped=self.markers)
     return f'{self.markers[0]}\n{body}\n{self.markers[1]}'
 
   def final_answer(self, text: str) -> str | None:
@@ -146,21 +141,49 @@ class HermesFormat:
             '</tool_call>')
 
 
-def _json_call(body: str) -> types.ToolCall:
-  """Reads the JSON of a Hermes call."""
+def render_json_call(call: types.ToolCall, *, arguments: str = 'arguments',
+                     escaped: Sequence[str] = ()) -> str:
+  """Returns a call as one JSON object.
+
+  Args:
+    call: What to write.
+    arguments: Key of its arguments.
+    escaped: Markers that must not stand in it as they are.
+  Raises:
+    ValueError: for a malformed call, and arguments that JSON cannot hold.
+    TypeError: for arguments that JSON cannot hold.
+  """
+  _refuse_error(call)
+  body = json.dumps({'name': call.name, arguments: dict(call.arguments)}, ensure_ascii=False,
+                    allow_nan=False)
+  for marker in escaped:
+    # Markers occur within strings only, where JSON has another way to write their first letter.
+    body = body.replace(marker, f'\\u{ord(marker[0]):04x}{marker[1:]}')
+  return body
+
+
+def json_call(body: str, *, arguments: str = 'arguments',
+              ignored: Sequence[str] = ()) -> types.ToolCall:
+  """Returns the call that a JSON object is, or one whose `error` says why it is none.
+
+  Args:
+    body: Text of the object.
+    arguments: Key of its arguments.
+    ignored: Keys that it may have besides.
+  """
   name = ''
   try:
     value = json.loads(body, object_pairs_hook=_distinct, parse_constant=_no_constant)
     if not isinstance(value, dict):
-      raise ValueError('a call is a JSON object with "name" and "arguments"')
+      raise ValueError(f'a call is a JSON object with "name" and "{arguments}"')
     if isinstance(value.get('name'), str):
       name = value['name']
     if not name:
       raise ValueError('"name" must be the name of a tool')
-    if not isinstance(value.get('arguments'), dict):
-      raise ValueError('"arguments" must be an object')
-    if len(value) > 2:
-      raise ValueError('a call has only "name" and "arguments"')
+    if not isinstance(value.get(arguments), dict):
+      raise ValueError(f'"{arguments}" must be an object')
+    if set(value) - {'name', arguments, *ignored}:
+      raise ValueError(f'a call has only "name" and "{arguments}"')
     json.dumps(value, ensure_ascii=False).encode('utf-8')
   except json.JSONDecodeError as error:
     return types.ToolCall(name, {}, f'invalid JSON: {error.msg} at character {error.pos}')
@@ -170,7 +193,7 @@ def _json_call(body: str) -> types.ToolCall:
     return types.ToolCall('', {}, 'invalid JSON: nested too deeply')
   except ValueError as error:
     return types.ToolCall(name, {}, str(error)[:200])
-  return types.ToolCall(name, value['arguments'])
+  return types.ToolCall(name, value[arguments])
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Tokenizer:
     """
     allowed = self._markers if allow_markers is True else allow_markers or ()
     ids = []
-    for part in _split_on(text, allowed):
+    for part in split_on(text, allowed):
       ids += [self._markers[part]] if part in allowed else self._encode_plain(part)
     return ids
 
@@ -164,7 +164,8 @@ class Tokenizer:
       raise ValueError(f'{path} is no saved tokenizer: {error}') from error
 
 
-def _split_on(text: str, markers: Collection[str]) -> list[str]:
+def split_on(text: str, markers: Collection[str]) -> list[str]:
+  """Returns the text in parts, each a marker or what stands between two; '' is no part."""
   if not markers:
     return [text] if text else []
   longest_first = sorted(markers, key=lambda m: (-len(m), m))
@@ -207,7 +208,7 @@ def train_tokenizer(texts: Iterable[str], *, markers: Sequence[str] = (), vocab_
   fixed = 2 + len(every) + 256 + len(groups) + len(isolated)
   if vocab_size <= fixed:
     raise ValueError(f'vocab_size {vocab_size} has no room for text: {fixed} pieces are fixed')
-  plain = [part for text in texts for part in _split_on(text, every) if part not in every]
+  plain = [part for text in texts for part in split_on(text, every) if part not in every]
   if not plain:
     raise ValueError('there is no text to learn pieces from')
   model = io.BytesIO()

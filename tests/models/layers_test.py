@@ -141,7 +141,9 @@ def test_mlp(activation, gated):
 
 
 def test_attention_output_is_added_to_the_residual_stream():
+  config = ModelConfig(vocab_size=8)
   layer, x, attended = {'out': normal(2, 3, 4, 5)}, normal(7, 5), normal(7, 2, 3, 4)
   expected = x + np.einsum('tkgd,kgdw->tw', attended, layer['out'])
-  close(layers.add_attention(layer, jnp.asarray(x), jnp.asarray(attended)), expected, 1e-4)
-  assert jax.eval_shape(layers.add_attention, layer, x, attended).shape == (7, 5)
+  close(layers.add_attention(layer, jnp.asarray(x), jnp.asarray(attended), config), expected, 1e-4)
+  shape = jax.eval_shape(lambda *a: layers.add_attention(*a, config), layer, x, attended).shape
+  assert shape == (7, 5)

@@ -185,7 +185,7 @@ def test_descriptions_show_how_each_tool_is_called():
 
 
 def test_formats_are_found_by_name():
-  assert formats.FORMATS.names() == ['fenced', 'hermes', 'xml']
+  assert formats.FORMATS.names() == ['fenced', 'harmony', 'hermes', 'llama3', 'mistral', 'xml']
   assert formats.FORMATS.get('xml')((('f', 'x'),)).stops == ('</f>',)
 
 
