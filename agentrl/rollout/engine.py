@@ -24,7 +24,7 @@ from agentrl.sampling.sampler import MAX_STOPS, Draws, Extension, Sampler, SlotR
 Program = Callable[[Session], Awaitable[None]]
 
 # A prefix shorter than this is recomputed rather than copied from another slot.
-MIN_SHARED_TOKENS = 16
+MIN_SHARED_TOKENS = 4
 # A step costs the same however few slots take part, so sessions that may come back within the time of a chunk
 # are waited for: at least and at most this long, seconds.
 LINGER_SECONDS = (0.002, 0.05)
@@ -91,34 +91,45 @@ class Engine:
     """Ends the engine's thread."""
     self._pool.shutdown()
 
-  def collect(self, jobs: Sequence[Job], *, policy_version: int = 0,
+  def collect(self, jobs: Sequence[Job], *, policy_version: int = 0, enough: float = 1.0,
               on_done: Callable[[Trajectory], None] | None = None) -> list[Trajectory]:
-    """Runs all jobs to their end and returns their trajectories, in order. Blocks.
+    """Runs all jobs to their end and returns their trajectories, in order, each followed by its forks. Blocks.
 
-    A job fails alone: its trajectory ends with a status and a boundary at fault, the others go on.
+    A job fails alone: its trajectory ends with a status and a boundary at fault, the others go on. Forks follow in
+    the order of their paths; those that no program was started on, or that were discarded, are left out.
 
     Args:
       jobs: What to collect.
       policy_version: Recorded on each trajectory.
+      enough: Share of the trajectories under way after which the rest are cut, status CUT. Below 1, which they are
+        depends on time.
       on_done: Called with each trajectory as it ends.
+    Raises:
+      ValueError: if `enough` is not in (0, 1].
     """
-    return asyncio.run(self.collect_async(jobs, policy_version=policy_version, on_done=on_done))
+    return asyncio.run(self.collect_async(jobs, policy_version=policy_version, enough=enough, on_done=on_done))
 
-  async def collect_async(self, jobs: Sequence[Job], *, policy_version: int = 0,
+  async def collect_async(self, jobs: Sequence[Job], *, policy_version: int = 0, enough: float = 1.0,
                           on_done: Callable[[Trajectory], None] | None = None) -> list[Trajectory]:
     """As `collect`, inside a running event loop."""
+    if not 0.0 < enough <= 1.0:
+      raise ValueError(f'enough={enough} must be in (0, 1]')
     started = time.perf_counter()
+    self._enough, self._cutting = enough, False
     self._forget_cache()
     self._wake = asyncio.Event()
+    self._adopted: list[tuple[Session, asyncio.Task]] = []
     sessions = []
     for job in jobs:
       trajectory = Trajectory(task=job.task, sample=job.sample, group_id=job.group_id, seed=self.seed,
                               policy_version=policy_version)
       sessions.append(Session(self, trajectory, self.limits))
-    runs = [self.adopt(s, job.program, on_done) for s, job in zip(sessions, jobs)]
+    self._on_done = on_done
+    for session, job in zip(sessions, jobs):
+      self.adopt(session, job.program)
     try:
       await self._pump()
-      for outcome in await asyncio.gather(*runs, return_exceptions=True):
+      for outcome in await asyncio.gather(*(run for _, run in self._adopted), return_exceptions=True):
         if isinstance(outcome, Exception):
           raise outcome
     finally:
@@ -130,23 +141,41 @@ class Engine:
       self._queue.clear()
       self._ready.clear()
       self.stats.total_seconds += time.perf_counter() - started
-    return [s.trajectory for s in sessions]
+    roots = {id(s): i for i, s in enumerate(sessions)}
+    collected = [session for session, _ in self._adopted]
+    for session in collected:
+      if not session.finished:  # cut before its program took its first step
+        session.finish(Status.CUT, boundary=Boundary.ENGINE, detail='cut: enough others had ended')
+    collected.sort(key=lambda s: (roots[id(s.root)], s.trajectory.path))
+    return [s.trajectory for s in collected if not s.discarded]
 
-  def adopt(self, session: Session, program: Program, on_done=None) -> asyncio.Task:
+  def adopt(self, session: Session, program: Program) -> asyncio.Task:
     """Starts a program on a session: a job's, or a fork's. Returns its asyncio task, which raises only what `on_done`
     does."""
-    task = asyncio.create_task(self._run(session, program, on_done))
+    task = asyncio.create_task(self._run(session, program, self._on_done))
+    self._adopted.append((session, task))
     self._tasks.add(task)
-    task.add_done_callback(self._tasks.discard)
-    task.add_done_callback(lambda _: self._wake.set())
+    task.add_done_callback(self._ended)
     return task
+
+  def _ended(self, task: asyncio.Task):
+    """Takes note that a program is over, and ends the last ones where enough are."""
+    self._tasks.discard(task)
+    ended = len(self._adopted) - len(self._tasks)
+    if self._enough < 1.0 and not self._cutting and ended >= self._enough * len(self._adopted):
+      self._cutting = True
+      for straggler in self._tasks:
+        straggler.cancel()
+    self._wake.set()
 
   async def _run(self, session: Session, program: Program, on_done):
     started = time.perf_counter()
     session.waiting_since = started
     trajectory = session.trajectory
+    clock = asyncio.timeout(session.limits.seconds)
     try:
-      await program(session)
+      async with clock:
+        await program(session)
       if not session.finished:
         session.finish(Status.AGENT_FAILURE, boundary=Boundary.AGENT, detail='the program returned without finishing')
     except TrajectoryEnded as e:
@@ -154,10 +183,14 @@ class Engine:
     except asyncio.CancelledError:
       if not asyncio.current_task().cancelling():
         session.finish(Status.AGENT_FAILURE, boundary=Boundary.AGENT, detail='something awaited was cancelled')
+      elif self._cutting:
+        session.finish(Status.CUT, boundary=Boundary.ENGINE, detail='cut: enough others had ended')
       else:
         session.finish(Status.CUT, boundary=Boundary.ENGINE, detail='cancelled')
         raise
     except Exception as e:  # pylint: disable=broad-except  # the agent boundary: one program, one trajectory
+      if clock.expired():
+        e = TimeoutError(f'the program did not end within {session.limits.seconds:g} s')
       logging.exception('The agent program failed on task %s', trajectory.task.id)
       session.finish(Status.AGENT_FAILURE, boundary=Boundary.AGENT, detail=f'{type(e).__name__}: {e}')
     finally:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Sequence
 
 import numpy as np
 
-from agentrl.core.types import Boundary, Status, ToolCall, ToolResult, Trajectory, Turn
+from agentrl.core.types import Boundary, Segment, Status, ToolCall, ToolResult, Trajectory, Turn
 from agentrl.rollout.budget import Limits
 
 if TYPE_CHECKING:
@@ -26,6 +26,14 @@ class TrajectoryEnded(Exception):
     super().__init__(message)
     self.status = status
     self.boundary = boundary
+
+
+class Mark(NamedTuple):
+  """A place in a trajectory: how many segments, tokens of the last one, and turns there were."""
+
+  segments: int
+  length: int
+  turns: int
 
 
 def trajectory_seed(seed: int, task_id: str, sample: int, path: Sequence[int] = ()) -> tuple[int, int]:
@@ -53,14 +61,18 @@ class Session:
   recomputed, without its program noticing.
   """
 
-  def __init__(self, engine: Engine, trajectory: Trajectory, limits: Limits):
+  def __init__(self, engine: Engine, trajectory: Trajectory, limits: Limits, root: Session | None = None):
     self.engine = engine
+    self.root = root or self  # the job's session that this one descends from
     self.trajectory = trajectory
     self.limits = limits
     self.seed = trajectory_seed(trajectory.seed, trajectory.task.id, trajectory.sample, trajectory.path)
     self.slot: int | None = None
     self.cached = 0  # tokens of the context that the slot holds
     self.request: Request | None = None
+    self.discarded = False  # left out of what is collected
+    self._drawn = 0  # tokens, those forgotten since included
+    self._descendants = 0  # of a root: sessions forked from it and from its forks
     self.waiting_since = 0.0  # when the program last took over, for the engine's scheduling
     self._forks = 0
 
@@ -90,11 +102,7 @@ class Session:
       RuntimeError: if the trajectory has ended, or a turn is being sampled.
     """
     self._check_open()
-    room = self.limits.context_tokens - len(self.context)
-    if len(tokens) > room:
-      raise TrajectoryEnded(Status.LENGTH, Boundary.ENVIRONMENT,
-                            f'{len(tokens)} tokens were appended where {room} of the '
-                            f'{self.limits.context_tokens} tokens of the context were left')
+    self._check_room(tokens, Boundary.ENVIRONMENT)
     self.context.append_forced(tokens, self.num_turns)
 
   async def generate(self, *, stops: Sequence[str] = (), max_tokens: int | None = None) -> Turn:
@@ -105,7 +113,8 @@ class Session:
         in the decoded text, and what was drawn past it is rolled back.
       max_tokens: Budget of the turn; the limits' if None.
     Raises:
-      TrajectoryEnded: if no turn or no token is left to sample, or nothing was appended yet.
+      TrajectoryEnded: if no turn or no token is left to sample, nothing was appended yet, or far more was drawn and
+        rolled back than a trajectory may hold.
       ValueError: if max_tokens is below 1, or a stop is empty, or too many stops are single pieces.
       RuntimeError: if the trajectory has ended, or a turn is being sampled.
     """
@@ -120,6 +129,9 @@ class Session:
     budget = min(turn_budget, self.tokens_left)
     if budget < 1:
       raise TrajectoryEnded(Status.LENGTH, Boundary.POLICY, 'no token left to draw')
+    if self._drawn >= self.limits.redraws * self.limits.trajectory_tokens:
+      raise TrajectoryEnded(Status.AGENT_FAILURE, Boundary.AGENT,
+                            f'{self._drawn} tokens drawn in all, most of them rolled back again')
     stop_ids, stop_texts = self.engine.split_stops(tuple(stops))
     start = len(self.context)
     self.request = Request(budget, stop_ids, stop_texts, start)
@@ -132,6 +144,7 @@ class Session:
       raise
     finally:
       self.request = None
+    self._drawn += len(self.context) - start
     if reason == 'length' and budget < turn_budget:
       reason = 'context'
     text = self.engine.tokenizer.decode(self.context.tail(start).tolist())
@@ -156,39 +169,161 @@ class Session:
     """Whether the trajectory has ended."""
     return self.trajectory.status is not Status.RUNNING
 
-  def mark(self) -> tuple[int, int]:
-    """Returns the present place, for `rollback`."""
-    return len(self.context), self.num_turns
+  def mark(self) -> Mark:
+    """Returns the present place, for `rollback` and `revise`."""
+    return Mark(len(self.trajectory.segments), len(self.context), self.num_turns)
 
-  def rollback(self, mark: tuple[int, int]):
-    """Forgets every token and turn since `mark`; nothing is recomputed.
+  def rollback(self, mark: Mark):
+    """Forgets every token, turn and context since `mark`; within a context nothing is recomputed.
 
     The same tokens are drawn again from there unless something else is appended first.
 
     Raises:
       RuntimeError: if the trajectory has ended, or a turn is being sampled.
+      ValueError: if the mark is not of this session's past.
     """
     self._check_open()
-    length, turns = mark
-    del self.trajectory.turns[turns:]
-    self._cut(length)
+    t = self.trajectory
+    if mark.segments > len(t.segments) or mark.length > len(t.segments[mark.segments - 1]) or mark.turns > len(t.turns):
+      raise ValueError(f'{mark} lies ahead of {self.mark()}: what was there is forgotten')
+    del t.turns[mark.turns:]
+    before = self.context
+    del t.segments[mark.segments:]
+    self.context.truncate(mark.length)
+    self._note_changed(before)
+
+  def replace(self, tokens: Sequence[int]):
+    """Goes on in another context: a new segment of forced tokens, recomputed only past the common prefix.
+
+    What was drawn stays in the segments it was drawn in, to be trained on once: nothing of the new context is, before
+    the policy draws there.
+
+    Args:
+      tokens: [n] ids of the whole new context; they enter the cache with the next turn.
+    Raises:
+      TrajectoryEnded: if the context has no room for them.
+      ValueError: if there are none.
+      RuntimeError: if the trajectory has ended, or a turn is being sampled.
+    """
+    self._check_open()
+    if not len(tokens):
+      raise ValueError('a context must not be empty')
+    before = self.context
+    self.trajectory.segments.append(Segment())
+    try:
+      self.append(tokens)
+    except TrajectoryEnded:
+      self.trajectory.segments.pop()
+      raise
+    self._note_changed(before)
+
+  def revise(self, mark: Mark, tokens: Sequence[int]) -> Turn:
+    """Puts a turn in the policy's words in place of everything since `mark`, and returns it.
+
+    For a turn mended with a later one: its tokens were drawn, but not here, so that they are trained on with log-probs
+    unknown (NaN) until the learner recomputes them.
+
+    Args:
+      mark: The place where the turn begins.
+      tokens: [n] ids.
+    Raises:
+      ValueError: if there are no tokens, or see `rollback`.
+      TrajectoryEnded: if the context has no room for them.
+    """
+    if not len(tokens):
+      raise ValueError('a turn must not be empty')
+    self.rollback(mark)
+    self._check_room(tokens, Boundary.AGENT)
+    start = len(self.context)
+    self.context.append_revised(tokens, self.num_turns)
+    text = self.engine.tokenizer.decode([int(t) for t in tokens])
+    turn = Turn(index=self.num_turns, segment=len(self.trajectory.segments) - 1, start=start, end=len(self.context),
+                text=text, stop_reason='stop')
+    self.trajectory.turns.append(turn)
+    return turn
+
+  def strip(self, start: int, end: int):
+    """Takes forced tokens out of the current context, as if they had never been shown: a hint.
+
+    What was drawn after them is trained on in the shorter context, with log-probs unknown (NaN) until the learner
+    recomputes them.
+
+    Args:
+      start: Index of the first token taken out.
+      end: One past the last.
+    Raises:
+      ValueError: if there are no such tokens, or the policy drew one of them.
+      RuntimeError: if a turn is being sampled. The trajectory may have ended.
+    """
+    self._check_idle()
+    self.context.strip(start, end)
+    t, last = self.trajectory, len(self.trajectory.segments)
+    shifted = lambda at: max(start, at - (end - start)) if at > start else at
+    for turn in t.turns:
+      if turn.segment == last - 1:
+        turn.start, turn.end = shifted(turn.start), shifted(turn.end)
+    t.fork_points = tuple((n, shifted(at) if n == last else at) for n, at in t.fork_points)
+    t.loss_from = shifted(t.loss_from)
+    self.cached = min(self.cached, start, max(0, len(self.context) - 1))
+    self.engine.rolled_back(self)
+
+  def discard(self):
+    """Leaves the trajectory out of what is collected: others go on in its place. Its program should return."""
+    self.discarded = True
+    self.finish(Status.CUT, boundary=Boundary.AGENT, detail='discarded')
 
   def _check_open(self):
     if self.finished:
       raise RuntimeError(f'the trajectory has ended ({self.trajectory.status.value})')
+    self._check_idle()
+
+  def _check_idle(self):
     if self.request is not None:
       raise RuntimeError('a turn is being sampled; await it first')
 
+  def _check_room(self, tokens: Sequence[int], boundary: Boundary):
+    room = self.limits.context_tokens - len(self.context)
+    if len(tokens) > room:
+      raise TrajectoryEnded(Status.LENGTH, boundary,
+                            f'{len(tokens)} tokens were appended where {room} of the '
+                            f'{self.limits.context_tokens} tokens of the context were left')
+
+  def _note_changed(self, before: Segment):
+    """The context is no longer `before`, which the slot holds: keeps what they have in common."""
+    t = self.trajectory
+    if before is self.context:
+      common = len(before)
+    else:
+      n = min(len(before), len(self.context), self.cached)
+      differ = np.flatnonzero(before.tail(0)[:n] != self.context.tail(0)[:n])
+      common = int(differ[0]) if len(differ) else n
+    self.cached = min(self.cached, common, max(0, len(self.context) - 1))
+    here = len(t.segments), len(self.context)
+    t.fork_points = tuple(min(point, here) for point in t.fork_points)
+    if t.fork_points:
+      t.fork_point = t.fork_points[-1][1]
+    self.engine.rolled_back(self)
+
   def _cut(self, length: int):
     self.context.truncate(length)
-    self.cached = min(self.cached, max(0, length - 1))
-    self.engine.rolled_back(self)
+    self._note_changed(self.context)
 
   def fork(self, n: int) -> list[Session]:
     """Returns n sessions that go on from here, each with draws of its own; the prefix is copied, not recomputed.
 
-    Each is a trajectory of the same group; run programs on them with `engine.adopt`.
+    Each is a trajectory of the same group; run programs on them with `engine.adopt`. The environment's side is the
+    program's to copy, see `agentrl.agents.player`. One that has ended may be forked too: its forks go on.
+
+    Raises:
+      ValueError: if n is negative.
+      TrajectoryEnded: if the job has as many descendants as the limits allow.
     """
+    if n < 0:
+      raise ValueError(f'cannot fork {n} sessions')
+    if self.root._descendants + n > self.limits.forks:
+      raise TrajectoryEnded(Status.AGENT_FAILURE, Boundary.AGENT,
+                            f'{self.root._descendants + n} forks of one sample, where {self.limits.forks} are allowed')
+    self.root._descendants += n
     forks = []
     for _ in range(n):
       t = self.trajectory
@@ -196,6 +331,7 @@ class Session:
       self._forks += 1
       forks.append(Session(self.engine, Trajectory(
           task=t.task, sample=t.sample, group_id=t.group_id, seed=t.seed, policy_version=t.policy_version, path=path,
-          parent_path=t.path, fork_point=len(self.context), segments=[s.copy() for s in t.segments],
-          turns=[dataclasses.replace(turn) for turn in t.turns]), self.limits))
+          parent_path=t.path, fork_point=len(self.context),
+          fork_points=(*t.fork_points, (len(t.segments), len(self.context))), segments=[s.copy() for s in t.segments],
+          turns=[dataclasses.replace(turn) for turn in t.turns]), self.limits, self.root))
     return forks

@@ -96,11 +96,24 @@ class TrajectoryStore:
         'extra': _encode(dict(extra or {})),
         'trajectories': encoded,
     }
-    return self._replace(self._folder / f'step_{step:08d}{SUFFIX}', json.dumps(document))
+    return self._replace(self._path(step), json.dumps(document))
 
   def paths(self) -> list[pathlib.Path]:
     """Returns the files, earliest step first."""
     return list_paths(self._folder)
+
+  def read_step(self, step: int) -> list[types.Trajectory]:
+    """Returns the trajectories of a step; [] if it has no file."""
+    path = self._path(step)
+    return read(path).trajectories if path.exists() else []
+
+  def keep_last(self, count: int):
+    """Removes all files but the latest `count`."""
+    for path in self.paths()[:-count]:
+      path.unlink()
+
+  def _path(self, step: int) -> pathlib.Path:
+    return self._folder / f'step_{step:08d}{SUFFIX}'
 
   def _replace(self, path: pathlib.Path, text: str) -> pathlib.Path:
     self._folder.mkdir(parents=True, exist_ok=True)
@@ -228,11 +241,14 @@ def _decode_trajectory(encoded: Mapping[str, Any], tasks: Sequence[types.Task]) 
 def _decode_segment(columns: Mapping[str, np.ndarray]) -> types.Segment:
   segment = types.Segment()
   sampled, turns = columns['sampled'], columns['turns']
-  key = lambda i: (bool(sampled[i]), int(turns[i]))
-  for (is_sampled, turn), run in itertools.groupby(range(len(sampled)), key):
+  known = np.isfinite(columns['log_probs'])
+  key = lambda i: (bool(sampled[i]), bool(known[i]), int(turns[i]))
+  for (is_sampled, is_known, turn), run in itertools.groupby(range(len(sampled)), key):
     run = list(run)
     rows = slice(run[0], run[-1] + 1)
-    if is_sampled:
+    if is_sampled and not is_known:
+      segment.append_revised(columns['tokens'][rows], turn)
+    elif is_sampled:
       segment.append_sampled(columns['tokens'][rows], columns['log_probs'][rows],
                              columns['entropies'][rows], turn)
     else:

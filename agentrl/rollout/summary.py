@@ -21,13 +21,16 @@ def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:
   results = [r for t in trajectories for r in t.results]
   entropies = [s.entropies[s.sampled] for t in trajectories for s in t.segments]
   sampled = sum(len(e) for e in entropies)
+  # Those of words that were put where they were not drawn are unknown.
+  entropies = np.concatenate([np.zeros(0), *entropies])
+  entropies = entropies[np.isfinite(entropies)]
   statuses = collections.Counter(t.status.value for t in trajectories)
   rewards = [t.rewards.get('total', math.nan) for t in trajectories]
   return {
       'success': sum(t.rewards.get('success', 0.0) for t in trajectories) / n,
       'reward': float(np.mean(rewards)) if trajectories else math.nan,
       'reward_std': float(np.std(rewards)) if trajectories else math.nan,
-      'entropy': float(sum(e.sum() for e in entropies) / max(1, sampled)),
+      'entropy': float(entropies.sum() / max(1, len(entropies))),
       'calls_per_task': len(results) / n,
       'failed_call_rate': sum(not r.ok for r in results) / max(1, len(results)),
       'response_tokens': sampled / n,

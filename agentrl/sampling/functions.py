@@ -124,41 +124,25 @@ def extend(params: Params, cache: Cache, slots: jax.Array, tokens: jax.Array, st
     counts: [R] int32, at most T and at most C - start.
     config: Static.
   """
-  rows, width = tokens.shape
-  offsets = jnp.arange(width)[None]
+  offsets = jnp.arange(tokens.shape[1])[None]
   positions = starts[:, None] + offsets
-  cos, sin = layers.rotary_angles(positions, config.head_dim, config.rope_theta)
-  mask = positions[:, :, None] >= jnp.arange(cache.capacity)[None, None]
-  # The window written must lie inside the cache even where the padding of `tokens` would not.
-  size = min(width, cache.capacity)
-  window = jnp.minimum(starts, cache.capacity - size)
-  shift = (starts - window)[:, None]
-  inside = (offsets >= shift) & (offsets - shift < counts[:, None])
-
-  def write(buffer, new, axis):
-    """Writes new [R, T, K, Dh] into the rows' windows; returns the whole buffer and the rows."""
-    row = buffer[jnp.minimum(slots, buffer.shape[0] - 1)]
-    source = jnp.clip(offsets - shift, 0, width - 1)[:, :, None, None]
-    moved = jnp.moveaxis(jnp.take_along_axis(new, source, axis=1)[:, :size], 1, axis).astype(row.dtype)
-
-    def place(row, moved, start, keep):
-      old = jax.lax.dynamic_slice_in_dim(row, start, size, axis=axis - 1)
-      keep = jnp.expand_dims(keep, [i for i in range(3) if i != axis - 1])
-      return jax.lax.dynamic_update_slice_in_dim(row, jnp.where(keep, moved, old), start, axis=axis - 1)
-
-    row = jax.vmap(place)(row, moved, window, inside[:, :size])
-    return buffer.at[slots].set(row, mode='drop'), row
+  distances = positions[:, :, None] - jnp.arange(cache.capacity)[None, None]
+  kinds = layers.sights(config, positions, distances, distances >= 0)
+  # Only what is new is written; what is padding goes to a position past the cache, and with it nowhere.
+  targets = jnp.where(offsets < counts[:, None], positions, cache.capacity)
+  rows_of = slots[:, None]
+  held = jnp.minimum(slots, cache.slots - 1)
 
   x = transformer.embed(params, config, tokens)
   keys, values = [], []
-  for layer, key_buffer, value_buffer in zip(params['layers'], cache.keys, cache.values):
-    q, k, v = layers.project_qkv(layer, x, cos, sin, config)
-    key_buffer, key_rows = write(key_buffer, k, 3)
-    value_buffer, value_rows = write(value_buffer, v, 2)
-    keys.append(key_buffer)
-    values.append(value_buffer)
-    attended = layers.attend(q, key_rows, value_rows, mask)
-    x = layers.add_mlp(layer, layers.add_attention(layer, x, attended), config)
+  for layer, kind, key_buffer, value_buffer in zip(params['layers'], config.kind_of_layer, cache.keys, cache.values):
+    see = kinds[kind]
+    q, k, v = layers.project_qkv(layer, x, see.cos, see.sin, config)
+    keys.append(key_buffer.at[rows_of, :, :, targets].set(k.astype(key_buffer.dtype), mode='drop'))
+    values.append(value_buffer.at[rows_of, :, targets].set(v.astype(value_buffer.dtype), mode='drop'))
+    attended = layers.attend(q, keys[-1][held], values[-1][held], see.mask, scale=config.query_scale,
+                             sinks=layer.get('sinks'))
+    x = layers.add_mlp(layer, layers.add_attention(layer, x, attended, config), config)
   return Cache(tuple(keys), tuple(values))
 
 
@@ -173,22 +157,24 @@ def next_logits(params: Params, cache: Cache, pending: jax.Array, lengths: jax.A
     config: Static.
   """
   x = transformer.embed(params, config, pending)
-  cos, sin = layers.rotary_angles(lengths, config.head_dim, config.rope_theta)
-  mask = lengths[:, None] >= jnp.arange(cache.capacity)[None]
+  distances = lengths[:, None] - jnp.arange(cache.capacity)[None]
+  kinds = layers.sights(config, lengths, distances, distances >= 0)
   put_key = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new[:, :, None], at, axis=2))
   put_value = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new[:, None], at, axis=1))
   keys, values = [], []
-  for layer, key_buffer, value_buffer in zip(params['layers'], cache.keys, cache.values):
-    q, k, v = layers.project_qkv(layer, x, cos, sin, config)
+  for layer, kind, key_buffer, value_buffer in zip(params['layers'], config.kind_of_layer, cache.keys, cache.values):
+    see = kinds[kind]
+    q, k, v = layers.project_qkv(layer, x, see.cos, see.sin, config)
     keys.append(put_key(key_buffer, k.astype(key_buffer.dtype), lengths))
     values.append(put_value(value_buffer, v.astype(value_buffer.dtype), lengths))
-    attended = attend_one(q, keys[-1], values[-1], mask)
-    x = layers.add_mlp(layer, layers.add_attention(layer, x, attended), config)
-  hidden = layers.rms_norm(x, params['final_norm'], config.norm_eps)
-  return Cache(tuple(keys), tuple(values)), transformer.logits(params, hidden)
+    attended = attend_one(q, keys[-1], values[-1], see.mask, scale=config.query_scale, sinks=layer.get('sinks'))
+    x = layers.add_mlp(layer, layers.add_attention(layer, x, attended, config), config)
+  hidden = layers.norm(x, params['final_norm'], config)
+  return Cache(tuple(keys), tuple(values)), transformer.logits(params, hidden, known=config.known_tokens)
 
 
-def attend_one(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+def attend_one(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, *, scale: float = 0.0,
+               sinks: jax.Array | None = None) -> jax.Array:
   """Returns the attention of one query a slot over its cache.
 
   Args:
@@ -196,11 +182,13 @@ def attend_one(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
     keys: [S, K, Dh, C].
     values: [S, K, C, Dh].
     mask: [S, C] bool.
+    scale: 0 for Dh^-1/2.
+    sinks: [K, H/K], see `layers.attention_weights`.
   Returns:
     [S, K, H/K, Dh].
   """
-  scores = jnp.einsum('skgd,skdc->skgc', q, keys, preferred_element_type=jnp.float32) * q.shape[-1]**-0.5
-  weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, layers.MASKED), axis=-1)
+  scores = jnp.einsum('skgd,skdc->skgc', q, keys, preferred_element_type=jnp.float32) * (scale or q.shape[-1]**-0.5)
+  weights = layers.attention_weights(scores, mask[:, None, None], None if sinks is None else sinks[None])
   return jnp.einsum('skgc,skcd->skgd', weights.astype(values.dtype), values)
 
 

@@ -96,7 +96,7 @@ class Sampler:
     self.capacities = tuple(sorted(capacities or buckets(min(64, context), context)))
     if self.capacities[-1] < context:
       raise ValueError(f'the largest cache capacity {self.capacities[-1]} is below the context of {context} tokens')
-    self.row_buckets = tuple(sorted(row_buckets or {min(8, slots), slots}))
+    self.row_buckets = tuple(sorted(row_buckets or {min(2, slots), min(8, slots), slots}))
     self.token_buckets = tuple(sorted(token_buckets or {min(16, context), min(64, context)}))
     self._params: Params | None = None
     self._view = jax.jit(functools.partial(functions.sampler_view, config=config))

@@ -156,12 +156,15 @@ def test_forks_share_the_prefix_and_draw_differently(tiny):
 
   sampler = tiny.sampler()
   with tiny.engine(sampler=sampler) as engine:
-    [root] = engine.collect([Job(tiny.task(), 3, 'g', program)])
+    collected = engine.collect([Job(tiny.task(), 3, 'g', program)])
     # The prompt but its last; the parent's pending token for one fork, which copies 23 tokens from
     # it, and whose 24 the other two copy; the pending token again for the parent itself.
     assert engine.stats.extended_tokens == 19 + 1 + 1
     assert engine.stats.shared_tokens == 23 + 2 * 24
   forks = trajectories[:3]
+  # Forks that a program was started on are collected, after what they were forked from.
+  assert [id(t) for t in collected[1:]] == [id(t) for t in forks]
+  root = collected[0]
   assert [t.path for t in trajectories] == [(0,), (1,), (2,), (0, 0)]
   assert [t.parent_path for t in trajectories] == [(), (), (), (0,)]
   for t in forks:

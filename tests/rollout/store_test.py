@@ -52,6 +52,7 @@ def _trajectory(sample: int = 0) -> types.Trajectory:
                           path=(0, 2),
                           parent_path=(0,),
                           fork_point=5,
+                          fork_points=((1, 3), (1, 5)),
                           segments=[first, second],
                           turns=[
                               types.Turn(0, 0, 3, 5, '<call>', 'stop', (call, bad),
