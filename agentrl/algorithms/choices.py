@@ -7,6 +7,7 @@ silently without effect.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from typing import Any, Callable, Mapping
@@ -19,18 +20,25 @@ from agentrl.algorithms import clips
 from agentrl.algorithms import credit as credit_lib
 from agentrl.algorithms import gae as gae_lib
 from agentrl.algorithms import ratios
-from agentrl.algorithms.channel import Advantage, Choice, Credit, Estimate
+from agentrl.algorithms import regularisers
+from agentrl.algorithms import schedules
+from agentrl.algorithms.channel import Advantage, Choice, Credit, Estimate, Regulariser
 from agentrl.core.registry import Registry
 
 
-ADVANTAGES: Registry[Callable[..., Advantage]] = Registry('advantage')
-RATIOS: Registry[Callable[..., Any]] = Registry('ratio')
-CLIPS: Registry[Callable[..., Any]] = Registry('clip')
-AGGREGATIONS: Registry[Callable[..., Any]] = Registry('aggregation')
+_PACKAGE = 'agentrl.algorithms'
+ADVANTAGES: Registry[Callable[..., Advantage]] = Registry('advantage', _PACKAGE)
+MAPS: Registry[Callable[..., Any]] = Registry('credit map', _PACKAGE)
+RATIOS: Registry[Callable[..., Any]] = Registry('ratio', _PACKAGE)
+CLIPS: Registry[Callable[..., Any]] = Registry('clip', _PACKAGE)
+AGGREGATIONS: Registry[Callable[..., Any]] = Registry('aggregation', _PACKAGE)
+ROWS: Registry[Callable[..., Any]] = Registry('rows', _PACKAGE)
+FILTERS: Registry[Callable[..., Any]] = Registry('filter', _PACKAGE)
+REGULARISERS: Registry[Callable[..., Regulariser]] = Registry('regulariser', _PACKAGE)
 
 
 def advantage(name: str, **options) -> Advantage:
-  """Makes an advantage choice: 'z', 'center', 'loo', 'gae' or 'reward_to_go'.
+  """Makes an advantage choice: 'z', 'center', 'loo', 'gae', 'reward_to_go', 'sum' or any other that is registered.
 
   Args:
     name: Which estimator.
@@ -41,54 +49,111 @@ def advantage(name: str, **options) -> Advantage:
   Example:
     >>> advantage('z', ddof=1).min_group, advantage('gae').needs_values
     (2, True)
+    >>> advantage('z', part='accuracy').reads
+    ('accuracy',)
   """
-  return _bind('advantage', name, ADVANTAGES.get(name), options)()
+  factory = ADVANTAGES.get(name)
+  made = _bind('advantage', name, factory, options)()
+  return dataclasses.replace(made, reads=(*made.reads, *_reads(factory, options)))
 
 
-def ratio(name: str) -> Choice:
-  """Makes a ratio choice: 'token', 'segment_geo', 'sequence_geo', 'trajectory_prod' or 'off'."""
-  return Choice(name, RATIOS.get(name))
+def ratio(name: str, **options) -> Choice:
+  """Makes a ratio choice: 'token', 'segment_geo', 'sequence_geo', 'trajectory_prod' or 'off', or one registered."""
+  return _choice('ratio', name, RATIOS, options)
 
 
 def clip(name: str, **options) -> Choice:
   """Makes a clip choice.
 
   Args:
-    name: 'asym', 'recip', 'weight_sg', 'one_sided_neg', 'none' or 'log_likelihood'.
-    **options: Of the rule; those left out keep its defaults.
+    name: 'asym', 'recip', 'weight_sg', 'one_sided_neg', 'none', 'log_likelihood', or one registered.
+    **options: Of the rule; those left out keep its defaults. A function of the step is called with it.
   """
-  return Choice(name, _bind('clip', name, CLIPS.get(name), options))
+  rule = _choice('clip', name, CLIPS, options)
+  scheduled = {k: v for k, v in options.items() if callable(v)}
+  if not scheduled:
+    return rule
+
+  def function(ratios_, advantages, log_probs, batch):
+    now = {k: v(batch.steps[0]) for k, v in scheduled.items()}
+    return rule.function(ratios_, advantages, log_probs, batch, **now)
+
+  return dataclasses.replace(rule, function=function)
 
 
 def aggregation(name: str, **options) -> Choice:
   """Makes an aggregation choice.
 
   Args:
-    name: 'tok_mean', 'seq_mean_tok_mean', 'seq_mean_tok_sum' or 'sum_over_constant'.
+    name: 'tok_mean', 'seq_mean_tok_mean', 'seq_mean_tok_sum' or 'sum_over_constant', or one registered.
     **options: `max_tokens` for 'sum_over_constant', which needs it.
   """
-  rule = _bind('aggregation', name, AGGREGATIONS.get(name), options)
+  rule = _choice('aggregation', name, AGGREGATIONS, options)
   if name == 'sum_over_constant' and 'max_tokens' not in options:
     raise ValueError("aggregation 'sum_over_constant' cannot go without max_tokens, the most "
                      "tokens a trajectory may sample; give it, or take aggregation "
                      "'seq_mean_tok_sum'")
-  return Choice(name, rule)
+  return rule
 
 
 def credit(level: str) -> Credit:
   """Makes the plain credit map for advantages of a level: 'broadcast', or 'per_token'."""
   if level == 'trajectory':
-    return Credit('broadcast', credit_lib.broadcast, level)
-  return Credit('per_token', credit_lib.per_token, level)
+    return Credit('broadcast', credit_lib.broadcast, level=level)
+  return Credit('per_token', credit_lib.per_token, level=level)
 
 
-def _group_advantage(name, rule, options):
+def credit_map(name: str, **options) -> Choice:
+  """Makes a change of the tokens' advantages: `rule(batch, advantages [B, T], loss_mask, **options)`."""
+  return _choice('credit map', name, MAPS, options)
+
+
+def rows(name: str, **options) -> Choice:
+  """Makes a choice of a channel's trajectories: `rule(batch, **options) -> [N]`."""
+  return _choice('rows', name, ROWS, options)
+
+
+def channel_filter(name: str, **options) -> Choice:
+  """Makes a choice of a channel's trajectories by advantage: `rule(batch, advantages [B, T], **options) -> [N]`."""
+  return _choice('filter', name, FILTERS, options)
+
+
+def regulariser(name: str, **options) -> Regulariser:
+  """Makes a regulariser of coefficient 1: 'kl', 'entropy', 'value', or one registered."""
+  factory = REGULARISERS.get(name)
+  made = _bind('regulariser', name, factory, options)()
+  return dataclasses.replace(made, reads=(*made.reads, *_reads(factory, options)))
+
+
+def reward_of(batch: Any, part: str) -> Any:
+  """Returns [N] float32: the total reward, or the part of that name; zeros for ''."""
+  if not part:
+    return jnp.zeros_like(batch.rewards)
+  return batch.rewards if part == 'total' else batch.parts[part]
+
+
+def _choice(axis, name, registry, options):
+  rule = registry.get(name)
+  return Choice(name, _bind(axis, name, rule, options), _reads(rule, options))
+
+
+def _reads(function, options):
+  """The parts that a choice reads: the values of its options named 'part' or '..._part'."""
+  defaults = {p.name: p.default for p in inspect.signature(function).parameters.values()
+              if p.kind is inspect.Parameter.KEYWORD_ONLY}
+  values = (options.get(name, default) for name, default in defaults.items()
+            if name == 'part' or name.endswith('_part'))
+  return tuple(value for value in values if value and value != 'total')
+
+
+def _group_advantage(name, rule, options, part):
   rule = functools.partial(rule, **options)
 
   def estimate(batch, loss_mask):
     del loss_mask
-    return Estimate(rule(batch.rewards, advantages_lib.dense_groups(batch.group_ids),
-                         batch.baseline_mask, batch.rewards.shape[0]))
+    rewards = reward_of(batch, part)
+    return Estimate(rule(rewards, advantages_lib.dense_groups(batch.group_ids),
+                         batch.baseline_mask, rewards.shape[0]))
 
   # A group of one has a signal only where its raw reward is taken for the advantage.
   min_group = 1 if options['singleton'] == 'raw' else 2
@@ -96,28 +161,53 @@ def _group_advantage(name, rule, options):
 
 
 @ADVANTAGES.register('z')
-def _z(*, ddof: int = 0, eps: float = 1e-6, singleton: str = 'zero') -> Advantage:
+def _z(*, ddof: int = 0, eps: float = 1e-6, singleton: str = 'zero', part: str = 'total') -> Advantage:
   options = {'ddof': ddof, 'eps': eps, 'singleton': singleton}
-  return _group_advantage('z', advantages_lib.group_z, options)
+  return _group_advantage('z', advantages_lib.group_z, options, part)
 
 
 @ADVANTAGES.register('center')
-def _center(*, singleton: str = 'zero') -> Advantage:
-  return _group_advantage('center', advantages_lib.group_center, {'singleton': singleton})
+def _center(*, singleton: str = 'zero', part: str = 'total') -> Advantage:
+  return _group_advantage('center', advantages_lib.group_center, {'singleton': singleton}, part)
 
 
 @ADVANTAGES.register('loo')
-def _loo(*, singleton: str = 'zero') -> Advantage:
-  return _group_advantage('loo', advantages_lib.group_leave_one_out, {'singleton': singleton})
+def _loo(*, singleton: str = 'zero', part: str = 'total') -> Advantage:
+  return _group_advantage('loo', advantages_lib.group_leave_one_out, {'singleton': singleton}, part)
+
+
+@ADVANTAGES.register('sum')
+def _sum(*, terms: Mapping[str, Mapping[str, Any]]) -> Advantage:
+  """Adds advantages of any level on the tokens; each term is an advantage's name and options, and a 'weight'."""
+  made, weights = [], []
+  for label, term in terms.items():
+    options = dict(term)
+    weights.append(schedules.make(f'advantage sum, {label}', options.pop('weight', 1.0)))
+    made.append(advantage(**options))
+
+  def estimate(batch, loss_mask):
+    total, returns = jnp.zeros(loss_mask.shape, jnp.float32), None
+    for part, weight in zip(made, weights):
+      given = part.function(batch, loss_mask)
+      plane = credit(part.level).function(given.advantages, batch.trajectory_ids, loss_mask)
+      total += (weight(batch.step) if callable(weight) else weight) * plane
+      returns = given.returns if returns is None else returns
+    return Estimate(total, returns)
+
+  return Advantage('sum', estimate, reads=tuple(name for part in made for name in part.reads), level='token',
+                   needs_values=any(part.needs_values for part in made),
+                   needs_reference=any(part.needs_reference for part in made),
+                   gives_returns=any(part.gives_returns for part in made),
+                   min_group=max((part.min_group for part in made), default=1))
 
 
 @ADVANTAGES.register('gae')
-def _gae(*, gamma: float = 1.0, lam: float = 1.0, whiten: bool = True,
-         kl_in_reward: float = 0.0) -> Advantage:
-  _check_unit(gamma=gamma, lam=lam)
+def _gae(*, gamma: float = 1.0, lam: float = 1.0, whiten: bool = True, kl_in_reward: float = 0.0,
+         part: str = 'total', turn_part: str = '') -> Advantage:
+  check_unit(gamma=gamma, lam=lam)
 
   def estimate(batch, loss_mask):
-    rewards = _token_rewards(batch, batch.rewards, loss_mask, kl_in_reward)
+    rewards = _token_rewards(batch, reward_of(batch, part), loss_mask, kl_in_reward, turn_part)
     raw, returns = gae_lib.gae(rewards, batch.values, loss_mask, batch.segment_ids, gamma=gamma,
                                lam=lam)
     return Estimate(advantages_lib.global_whiten(raw, loss_mask) if whiten else raw, returns)
@@ -128,15 +218,15 @@ def _gae(*, gamma: float = 1.0, lam: float = 1.0, whiten: bool = True,
 
 @ADVANTAGES.register('reward_to_go')
 def _reward_to_go(*, gamma: float = 1.0, whiten: bool = True, group_baseline: bool = False,
-                  kl_in_reward: float = 0.0) -> Advantage:
-  _check_unit(gamma=gamma)
+                  kl_in_reward: float = 0.0, part: str = 'total', turn_part: str = '') -> Advantage:
+  check_unit(gamma=gamma)
 
   def estimate(batch, loss_mask):
-    final = batch.rewards
+    final = reward_of(batch, part)
     if group_baseline:
       groups = advantages_lib.dense_groups(batch.group_ids)
       final = advantages_lib.group_center(final, groups, batch.baseline_mask, final.shape[0])
-    rewards = _token_rewards(batch, final, loss_mask, kl_in_reward)
+    rewards = _token_rewards(batch, final, loss_mask, kl_in_reward, turn_part)
     raw, _ = gae_lib.gae(rewards, jnp.zeros_like(rewards), loss_mask, batch.segment_ids,
                          gamma=gamma)
     return Estimate(advantages_lib.global_whiten(raw, loss_mask) if whiten else raw)
@@ -145,9 +235,11 @@ def _reward_to_go(*, gamma: float = 1.0, whiten: bool = True, group_baseline: bo
                    min_group=2 if group_baseline else 1)
 
 
-def _token_rewards(batch, final, loss_mask, kl_in_reward):
-  """The final rewards on their tokens, less the behaviour's divergence from the reference."""
+def _token_rewards(batch, final, loss_mask, kl_in_reward, turn_part):
+  """The final and the turns' rewards on their tokens, less the behaviour's divergence from the reference."""
   rewards = gae_lib.place_terminal_reward(final, batch.trajectory_ids, batch.segment_ids, loss_mask)
+  if turn_part:
+    rewards += jnp.where(loss_mask, batch.token_parts[turn_part], 0.0)
   if kl_in_reward:
     drift = jnp.where(loss_mask, batch.behaviour_log_probs - batch.reference_log_probs, 0.0)
     rewards -= kl_in_reward * drift
@@ -182,12 +274,50 @@ def _trajectory_prod(log_probs, batch):
                                 batch.segment_ids)
 
 
+def _without_batch(rule):
+  """A clip rule that reads nothing of the batch, as one that could."""
+  @functools.wraps(rule)
+  def clip_rule(ratio, advantages, log_probs, batch, **bounds):
+    del batch
+    return rule(ratio, advantages, log_probs, **bounds)
+  return clip_rule
+
+
 for _rule in (clips.none, clips.log_likelihood, clips.asym, clips.recip, clips.weight_sg,
               clips.one_sided_neg):
-  CLIPS.register(_rule.__name__)(_rule)
+  CLIPS.register(_rule.__name__)(_without_batch(_rule))
 for _rule in (aggregation_lib.tok_mean, aggregation_lib.seq_mean_tok_mean,
               aggregation_lib.seq_mean_tok_sum, aggregation_lib.sum_over_constant):
   AGGREGATIONS.register(_rule.__name__)(_rule)
+
+
+@REGULARISERS.register('kl')
+def _kl(*, estimator: str = 'k3') -> Regulariser:
+  """KL penalty to the reference."""
+  regularisers.check_estimator(estimator)
+
+  def function(outputs, batch):
+    return regularisers.kl(outputs.log_probs, batch.reference_log_probs, batch.loss_mask, estimator=estimator)
+
+  return Regulariser('kl', function, needs_reference=True)
+
+
+@REGULARISERS.register('entropy')
+def _entropy() -> Regulariser:
+  """Entropy bonus."""
+  def function(outputs, batch):
+    return regularisers.entropy(outputs.entropies, batch.loss_mask)
+
+  return Regulariser('entropy', function, needs_entropies=True, maximised=True)
+
+
+@REGULARISERS.register('value')
+def _value(*, clip: float | None = 0.5) -> Regulariser:
+  """Regression of the value head."""
+  def function(outputs, batch):
+    return regularisers.value_loss(outputs.values, batch.values, batch.returns, batch.loss_mask, clip=clip)
+
+  return Regulariser('value', function, needs_values=True)
 
 
 def _bind(axis: str, name: str, function: Callable[..., Any], options: Mapping[str, Any]):
@@ -201,7 +331,8 @@ def _bind(axis: str, name: str, function: Callable[..., Any], options: Mapping[s
   return functools.partial(function, **options)
 
 
-def _check_unit(**numbers):
+def check_unit(**numbers: float):
+  """Raises a ValueError that names the first number outside [0, 1]."""
   for name, number in numbers.items():
     if not 0.0 <= number <= 1.0:
       raise ValueError(f'{name}={number} must lie in [0, 1]')

@@ -39,6 +39,9 @@ from agentrl.core import masked
 from agentrl.core.types import TrainBatch
 
 
+SAMPLER_LOG_PROB = 'sampler_log_prob'  # token part, as in training.packing.TOKEN_PARTS
+
+
 class PolicyOutputs(NamedTuple):
   """What the policy being trained says about the tokens of a (micro-)batch.
 
@@ -72,6 +75,9 @@ class LossBatch(NamedTuple):
     regulariser_weights: [B, X, T] float32. The same for the regularisers, coefficients included.
     row_share: [B] float32. 1 / rows that hold tokens, 0 for a row of padding. Adds up to 1, so it
       is the denominator of metrics that are sums already.
+    steps: [B] int32. Updates made before this one, the same in all rows.
+    parts: Name to [B, T] float32: what a clip, a ratio or a regulariser reads; a part of a
+      trajectory stands on all of its tokens.
   """
 
   tokens: Any
@@ -87,6 +93,8 @@ class LossBatch(NamedTuple):
   token_weights: Any
   regulariser_weights: Any
   row_share: Any
+  steps: Any
+  parts: Any
 
 
 class Metrics(NamedTuple):
@@ -149,17 +157,32 @@ class Objective:
     return any(r.needs_entropies for r in self.regularisers)
 
   @property
+  def reads(self) -> tuple[str, ...]:
+    """Names of the parts of trajectories or tokens that the batch must carry, sorted."""
+    choices = [x for c in self.channels
+               for x in (c.advantage, c.ratio, c.clip, *c.rows, *c.maps, *c.filters)]
+    return tuple(sorted({name for x in (*choices, *self.regularisers) for name in x.reads}))
+
+  @property
+  def _loss_reads(self):
+    read = [x for c in self.channels for x in (c.ratio, c.clip)]
+    return sorted({name for x in (*read, *self.regularisers) for name in x.reads})
+
+  @property
   def min_group(self) -> int:
     """Samples a question below which there is no signal."""
     return max(a.min_group for a in self._advantages)
 
-  def check(self, *, group_size: int, value_head: bool, reference: bool):
+  def check(self, *, group_size: int, value_head: bool, reference: bool, updates: int = 2,
+            recomputed: bool = True):
     """Refuses a run that this objective cannot train; call it before anything is built.
 
     Args:
       group_size: Samples a question.
       value_head: Whether the policy has one.
       reference: Whether the run keeps a reference policy.
+      updates: Updates that are made on the trajectories of one step.
+      recomputed: Whether the learner computes the behaviour's log-probs anew.
     Raises:
       ValueError: naming both choices and a valid alternative.
     """
@@ -178,6 +201,17 @@ class Objective:
       raise ValueError(
           f'objective {self.name!r} has a KL term and cannot go with a run that keeps no reference '
           'policy; keep one, or set its KL coefficients to 0')
+    still = [r.name for r in self.regularisers if r.needs_drift]
+    if still and updates < 2:
+      raise ValueError(
+          f'regulariser {still[0]!r} of objective {self.name!r} is 0 until the policy has moved since '
+          'it sampled and cannot go with a single update a step; take rl.minibatches or rl.epochs of '
+          'at least 2, or leave it out')
+    if SAMPLER_LOG_PROB in self.reads and not recomputed:
+      raise ValueError(
+          f'objective {self.name!r} compares the log-probs of sampler and learner and cannot go with '
+          'behaviour log-probs that are the sampler\'s own; set rl.recompute_behaviour, or leave the '
+          "credit maps 'mismatch_...' out")
 
   def estimate(self, batch: TrainBatch) -> TrainBatch:
     """Returns the batch with advantages and returns filled in.
@@ -196,7 +230,10 @@ class Objective:
     for channel in self.channels:
       mask = _kept(batch, _channel_weights(channel, batch))
       estimate = channel.advantage.function(batch, mask)
-      planes.append(channel.credit.function(estimate.advantages, batch.trajectory_ids, mask))
+      plane = channel.credit.function(estimate.advantages, batch.trajectory_ids, mask)
+      for change in channel.maps:
+        plane = jnp.where(mask, change.function(batch, plane, mask), 0.0)
+      planes.append(plane)
       if estimate.returns is not None:
         returns = estimate.returns
     return batch._replace(advantages=jnp.stack(planes), returns=returns)
@@ -211,10 +248,10 @@ class Objective:
     """
     _check_batch(batch)
     chex.assert_shape(batch.advantages, (len(self.channels), *batch.tokens.shape))
-    token_weights = [_scaled(c.aggregation, c.weight, batch, _channel_weights(c, batch), step)
-                     for c in self.channels]
-    extra = [_scaled(r.aggregation, r.coefficient, batch, batch.weights, step)
-             for r in self.regularisers]
+    batch = batch._replace(step=step)
+    token_weights = [_scaled(c.aggregation, c.weight, batch, _channel_weights(c, batch, plane))
+                     for c, plane in zip(self.channels, batch.advantages)]
+    extra = [_regulariser_weights(r, batch) for r in self.regularisers]
     rows, length = batch.tokens.shape
     no_terms = jnp.zeros((rows, 0, length), jnp.float32)
     filled = jnp.any(batch.segment_ids > 0, axis=1).astype(jnp.float32)
@@ -226,11 +263,13 @@ class Objective:
         'token_weights': jnp.stack(token_weights, axis=1),
         'regulariser_weights': jnp.stack(extra, axis=1) if extra else no_terms,
         'row_share': masked.safe_divide(filled, jnp.sum(filled)),
+        'steps': jnp.full(rows, step, jnp.int32),
+        'parts': {name: _on_tokens(batch, name) for name in self._loss_reads},
     })
 
   def prepare(self, batch: TrainBatch, step: Any = 0) -> LossBatch:
     """Returns `weigh(estimate(batch), step)`: all that is needed when every batch is used once."""
-    return self.weigh(self.estimate(batch), step)
+    return self.weigh(self.estimate(batch._replace(step=step)), step)
 
   def loss(self, outputs: PolicyOutputs, batch: LossBatch) -> tuple[chex.Array, Metrics]:
     """Returns this part's contribution to the loss, and its metrics.
@@ -320,7 +359,7 @@ def _channel_loss(channel: Channel, index: int, log_probs, batch: LossBatch):
   """One channel's term and what is worth knowing about it."""
   weights, advantages = batch.token_weights[:, index], batch.advantages[:, index]
   ratio = channel.ratio.function(log_probs, batch)
-  clipped = channel.clip.function(ratio, advantages, log_probs)
+  clipped = channel.clip.function(ratio, advantages, log_probs, batch)
   mask = batch.loss_mask & (weights != 0)
   values = {
       'ratio': ratio,
@@ -356,8 +395,20 @@ def _mean_parts(value, mask):
   return masked.masked_sum(value, mask), jnp.sum(mask, dtype=jnp.float32)
 
 
-def _channel_weights(channel: Channel, batch: TrainBatch):
-  return batch.weights if channel.rows is None else batch.weights * channel.rows(batch)
+def _channel_weights(channel: Channel, batch: TrainBatch, advantages=None):
+  weights = batch.weights
+  for choice in channel.rows:
+    weights = weights * choice.function(batch)
+  if advantages is not None:
+    for choice in channel.filters:
+      weights = weights * choice.function(batch, advantages)
+  return weights
+
+
+def _on_tokens(batch: TrainBatch, name: str):
+  if name in batch.token_parts:
+    return batch.token_parts[name]
+  return credit.of_trajectory(batch.parts[name], batch.trajectory_ids)
 
 
 def _kept(batch: TrainBatch, weights):
@@ -365,9 +416,16 @@ def _kept(batch: TrainBatch, weights):
   return batch.loss_mask & (credit.of_trajectory(weights, batch.trajectory_ids) != 0)
 
 
-def _scaled(aggregation, factor, batch, weights, step):
+def _regulariser_weights(regulariser: Regulariser, batch: TrainBatch):
+  token_weights = _scaled(regulariser.aggregation, regulariser.coefficient, batch, batch.weights)
+  if regulariser.where is not None:
+    token_weights *= regulariser.where(batch)
+  return -token_weights if regulariser.maximised else token_weights
+
+
+def _scaled(aggregation, factor, batch, weights):
   token_weights = aggregation.function(_kept(batch, weights), batch.trajectory_ids, weights)
-  return token_weights * (factor(step) if callable(factor) else factor)
+  return token_weights * (factor(batch.step) if callable(factor) else factor)
 
 
 def _check_batch(batch: TrainBatch):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import pkgutil
-from typing import Callable, Generic, TypeVar
+from typing import Any, Callable, Generic, Mapping, TypeVar
 
 T = TypeVar('T')
 
@@ -15,11 +16,41 @@ class UnknownNameError(LookupError):
   """A name that nothing is registered under; the message lists the names that are known."""
 
 
+def call(section: str, factory: Callable[..., T], settings: Mapping[str, Any]) -> T:
+  """Returns `factory(**settings)`, where the settings were written by a user.
+
+  Args:
+    section: Of the config, for the message.
+    factory: What to call.
+    settings: Its keyword arguments.
+  Raises:
+    ValueError: if it does not take one of them, or needs another; lists what it takes.
+  """
+  signature = inspect.signature(factory)
+  try:
+    signature.bind(**settings)
+  except TypeError as error:
+    raise ValueError(f'{section}: {error}; known: {", ".join(signature.parameters)}') from None
+  return factory(**settings)
+
+
+def pop_name(section: str, options: dict[str, Any]) -> str:
+  """Takes the name of a choice out of its options.
+
+  Raises:
+    ValueError: if there is none, or it is no text.
+  """
+  name = options.pop('name', None)
+  if not isinstance(name, str):
+    raise ValueError(f"{section}: {{'name': {name!r}, **{options}}} needs a name, which choice it is")
+  return name
+
+
 class Registry(Generic[T]):
   """Values (usually factories) by name, of one kind.
 
   With `package`, a name that is not registered yet is looked for in the module `<package>.<name>`,
-  which registers itself when it is imported.
+  which registers itself when it is imported, and then in all modules of the package.
 
   Example:
     >>> shapes = Registry('shape')
@@ -66,9 +97,9 @@ class Registry(Generic[T]):
     """
     if name not in self._values:
       self._import(name)
+    known = self.names() if name not in self._values else ()
     if name in self._values:
       return self._values[name]
-    known = self.names()
     near = difflib.get_close_matches(name, known, n=1)
     hint = f'; did you mean {near[0]!r}?' if near else '.'
     raise UnknownNameError(f'unknown {self.kind} {name!r}{hint} Known: {", ".join(known)}')

@@ -93,6 +93,21 @@ class ToolResult:
     return ''.join(p.data if p.kind == 'text' else '[image]' for p in self.parts)
 
 
+@dataclasses.dataclass(frozen=True)
+class Iteration:
+  """Where a run stands, for what changes over its course.
+
+  Attributes:
+    step: Steps of the stage done.
+    steps: Steps of the stage in all.
+    memory: What the reader wants to find again at the next step, of JSON types; saved with the run.
+  """
+
+  step: int
+  steps: int
+  memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 class Status(str, enum.Enum):
   """How a trajectory ended."""
 
@@ -188,6 +203,32 @@ class Segment:
                        f'{list(entropies)}; all must be finite')
     self._extend(tokens, [True] * len(tokens), log_probs, entropies, turn)
 
+  def append_revised(self, tokens: Sequence[int], turn: int):
+    """Appends tokens in the policy's words that were drawn in another context: trained on, at unknown probability.
+
+    Their log-probs and entropies are NaN, so that nothing can be learned from them before the learner has computed
+    them anew.
+
+    Args:
+      tokens: [n] ids.
+      turn: Index of the turn they belong to.
+    """
+    n = len(tokens)
+    self._extend(tokens, [True] * n, [float('nan')] * n, [float('nan')] * n, turn)
+
+  def strip(self, start: int, end: int):
+    """Takes tokens start to end out: what was drawn after them was drawn in another context than it now stands in.
+
+    Raises:
+      ValueError: if there are no such tokens, or the policy drew one of them.
+    """
+    if not 0 <= start < end <= len(self) or any(self._sampled[start:end]):
+      raise ValueError(f'tokens {start} to {end} of a segment of {len(self)} are not all there, or not all forced')
+    for column in (self._tokens, self._sampled, self._log_probs, self._entropies, self._turns):
+      del column[start:end]
+    for column in (self._log_probs, self._entropies):
+      column[start:] = [float('nan')] * (len(self) - start)
+
   def truncate(self, length: int):
     """Drops every token from index `length` on: a rollback."""
     if not 0 <= length <= len(self):
@@ -220,17 +261,17 @@ class Segment:
 
   @property
   def sampled(self) -> np.ndarray:
-    """[T] bool. Whether the policy drew the token; False for prompts and observations."""
+    """[T] bool. Whether the token is the policy's, to be trained on; False for prompts and observations."""
     return np.asarray(self._sampled, bool)
 
   @property
   def log_probs(self) -> np.ndarray:
-    """[T] float32, nats. Behaviour log-probability; NaN exactly where not sampled."""
+    """[T] float32, nats. Behaviour log-probability; NaN where not sampled, or revised."""
     return np.asarray(self._log_probs, np.float32)
 
   @property
   def entropies(self) -> np.ndarray:
-    """[T] float32, nats. Behaviour entropy; NaN exactly where not sampled."""
+    """[T] float32, nats. Behaviour entropy; NaN where not sampled, or revised."""
     return np.asarray(self._entropies, np.float32)
 
   @property
@@ -251,7 +292,8 @@ class Trajectory:
     policy_version: Updates made before the first token was drawn.
     path: Branch taken at each fork, () for a root.
     parent_path: Path of the trajectory it was forked from; None for a root.
-    fork_point: Tokens shared with the parent; None for a root.
+    fork_point: Tokens of the last segment shared with the parent; None for a root.
+    fork_points: For each fork on the path, how many segments there were and how many tokens the last one had.
     segments: Contexts, oldest first; one unless the context was edited.
     turns: Turns, oldest first.
     status: How it ended.
@@ -259,6 +301,9 @@ class Trajectory:
     detail: What went wrong, in words; '' otherwise.
     answer: The final answer; None if none was given.
     rewards: Named reward parts in each function's own unit, 'total' among them once scored.
+    turn_rewards: Named reward parts that each turn has one of, in the order of `turns`.
+    loss_from: Tokens of the last segment before this index are left out of the loss, as are all
+      of earlier segments if it is above 0: what a fork shares with a trajectory that trains it.
     seconds: Wall time from start to end, waiting included.
   """
 
@@ -270,6 +315,7 @@ class Trajectory:
   path: tuple[int, ...] = ()
   parent_path: tuple[int, ...] | None = None
   fork_point: int | None = None
+  fork_points: tuple[tuple[int, int], ...] = ()
   segments: list[Segment] = dataclasses.field(default_factory=lambda: [Segment()])
   turns: list[Turn] = dataclasses.field(default_factory=list)
   status: Status = Status.RUNNING
@@ -277,12 +323,24 @@ class Trajectory:
   detail: str = ''
   answer: str | None = None
   rewards: dict[str, float] = dataclasses.field(default_factory=dict)
+  turn_rewards: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  loss_from: int = 0
   seconds: float = 0.0
 
   @property
   def results(self) -> list[ToolResult]:
     """Every tool result, in order."""
     return [r for turn in self.turns for r in turn.results]
+
+  def drawn_by(self, turn: Turn) -> tuple[int, ...]:
+    """Returns the path of the trajectory that drew a turn: this one's, or that of an ancestor.
+
+    Trajectories of one sample share a step if a turn of that index was drawn by the same one.
+    """
+    for depth, (segments, tokens) in enumerate(self.fork_points):
+      if (turn.segment, turn.end) <= (segments - 1, tokens):
+        return self.path[:depth]
+    return self.path
 
   @property
   def num_sampled(self) -> int:
@@ -312,6 +370,11 @@ class TrainBatch(NamedTuple):
     group_ids: [N] int32.
     weights: [N] float32. 0 takes the trajectory out of the loss; padding of N has weight 0.
     rewards: [N] float32, total reward.
+    step: int32 scalar. Updates made before this one, which schedules read.
+    parts: Name to [N] float32: further numbers of trajectories that the objective asks for.
+    token_parts: Name to [B, T]: further numbers of tokens. A reward part of turns stands on the
+      last sampled token of its turn and is 0 elsewhere; see `training.packing.TOKEN_PARTS` for those
+      that every trajectory has.
   """
 
   tokens: Any
@@ -329,3 +392,6 @@ class TrainBatch(NamedTuple):
   group_ids: Any
   weights: Any
   rewards: Any
+  step: Any = 0
+  parts: Any = {}
+  token_parts: Any = {}
