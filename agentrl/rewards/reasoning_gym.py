@@ -86,14 +86,8 @@ class ReasoningGymAccuracy:
     }
 
 
-def make_reward(weights: Mapping[str, float] | None = None) -> base.Reward:
-  """Returns the reward of tool-using reasoning-gym tasks.
+@base.REWARDS.register('reasoning_gym')
+def components() -> list[base.Component]:
+  """Returns what scores the tasks of `agentrl.data.reasoning_gym`."""
+  return [ReasoningGymAccuracy()]
 
-  Args:
-    weights: By part: 'accuracy', 'success', 'format', 'calls', 'failed_calls'; None is 1 for
-      accuracy.
-  Raises:
-    ValueError: if a part is unknown.
-  """
-  return base.Reward([ReasoningGymAccuracy(), base.Format(), base.Calls()],
-                     {'accuracy': 1.0} if weights is None else weights)

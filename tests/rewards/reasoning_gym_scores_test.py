@@ -9,6 +9,7 @@ import pytest
 from agentrl.core import types
 from agentrl.data import base as data
 from agentrl.data import reasoning_gym as data_gym
+from agentrl.rewards import base
 from agentrl.rewards import reasoning_gym
 
 
@@ -26,7 +27,7 @@ def _trajectory(task, answer, **fields):
 
 def test_gold_answers_score_one_in_every_family(tasks):
   assert {task.metadata['family'] for task in tasks} == set(data_gym.FAMILIES)
-  reward = reasoning_gym.make_reward()
+  reward = base.make('reasoning_gym')
   for task in tasks:
     for answer in (task.ground_truth['answer'], f" {task.ground_truth['answer']}\n"):
       parts = reward(task, _trajectory(task, answer))
@@ -38,7 +39,7 @@ def test_gold_answers_score_one_in_every_family(tasks):
     '9' * 4_500, '-' * 50, '1/0', '½', '\ud800'
 ])
 def test_garbage_scores_low_and_never_raises(tasks, answer):
-  reward = reasoning_gym.make_reward()
+  reward = base.make('reasoning_gym')
   for task in tasks:
     parts = reward(task, _trajectory(task, answer))
     # A verifier that looks for the gold answer within the text gives a share of its length at most.
@@ -58,14 +59,14 @@ def test_a_verifier_that_raises_is_recorded(tasks):
   verdict = reasoning_gym.score_answer('two times three', entry)
   assert verdict.score == 0.0 and 'ValueError' in verdict.error
   task = types.Task('0', 'tools', (), entry)
-  assert reasoning_gym.make_reward()(task, _trajectory(task, 'two'))['verifier_errors'] == 1.0
+  assert base.make('reasoning_gym')(task, _trajectory(task, 'two'))['verifier_errors'] == 1.0
 
 
 def test_partial_credit_is_no_success(tasks):
   # spell_backward gives a share of the letters in place: one wrong letter of n is 1 - 1/n.
   task = next(t for t in tasks if t.metadata['family'] == 'spell_backward')
   gold = task.ground_truth['answer']
-  parts = reasoning_gym.make_reward({'success': 1.0})(task, _trajectory(task, '#' + gold[1:]))
+  parts = base.make('reasoning_gym', {'success': 1.0})(task, _trajectory(task, '#' + gold[1:]))
   assert parts['accuracy'] == pytest.approx(1 - 1 / len(gold))
   assert parts['success'] == parts['total'] == 0.0
 

@@ -58,3 +58,69 @@ def test_rewards_need_no_jax():
   code = ('import sys\nfrom agentrl.rewards import base, reasoning_gym\n'
           'sys.exit("jax" in sys.modules)')
   assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
+
+
+class _Best:
+  """Gives every trajectory what the best of its group has in 'calls', and its turns their index."""
+
+  needs, names, turn_names = ('calls',), ('best', 'total'), ('index',)
+
+  def __call__(self, trajectories, iteration):
+    iteration.memory['seen'] = iteration.memory.get('seen', 0) + len(trajectories)
+    best = {}
+    for t in trajectories:
+      best[t.group_id] = max(best.get(t.group_id, 0.0), t.rewards['calls'])
+    return [{'best': best[t.group_id], 'total': t.rewards['total'] + best[t.group_id],
+             'index': [turn.index for turn in t.turns]} for t in trajectories]
+
+
+def _pair():
+  trajectories = [_trajectory(calls=1), _trajectory(calls=3), _trajectory(calls=2)]
+  trajectories[2].group_id = 'another'
+  return trajectories
+
+
+def test_shapings_see_whole_groups_and_keep_a_memory_of_their_own():
+  reward = base.Reward([base.Calls()], {'calls': 0.5}, {'best': _Best()})
+  trajectories, memory = _pair(), {}
+  for step in range(2):
+    reward.score(trajectories, types.Iteration(step, 9, memory))
+  # By hand: half the calls, and the most calls of the group.
+  assert [t.rewards['total'] for t in trajectories] == [0.5 + 3, 1.5 + 3, 1 + 2]
+  assert [t.rewards['best'] for t in trajectories] == [3, 3, 2]
+  assert [t.turn_rewards for t in trajectories] == [{'index': [0.0]}] * 3
+  assert memory == {'best': {'seen': 6}}
+  assert reward.names == {'calls', 'failed_calls', 'best', 'total'} and reward.turn_names == {'index'}
+
+
+def test_a_shaping_of_a_part_that_nothing_gives_is_refused():
+  with pytest.raises(ValueError, match="'best' reads the part 'calls', which nothing before it gives"):
+    base.Reward([base.Format()], {}, {'best': _Best()})
+
+
+@pytest.mark.parametrize('returned, message', [
+    ({'index': [1.0, 2.0]}, '2 numbers .index. for 1 turns'),
+    ({'other': 1.0}, "returned the part 'other', which it does not name")])
+def test_a_shaping_that_returns_something_else_is_refused(returned, message):
+  class Wrong(_Best):
+    def __call__(self, trajectories, iteration):
+      return [returned for _ in trajectories]
+
+  with pytest.raises(ValueError, match=message):
+    base.Reward([base.Calls()], {}, {'wrong': Wrong()}).score(_pair(), types.Iteration(0, 1))
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (('reasoning_gim',), "did you mean 'reasoning_gym'"),
+    (('reasoning_gym', {'acuracy': 1.0}), 'acuracy'),
+    (('reasoning_gym', {}, [{'weight': 1}]), "reward.shapings: .* needs a name"),
+])
+def test_a_reward_is_found_by_its_name_and_refuses_what_it_does_not_know(arguments, message):
+  assert 'accuracy' in base.make('reasoning_gym').names
+  with pytest.raises((ValueError, LookupError), match=message):
+    base.make(*arguments)
+
+
+def test_a_task_that_cannot_be_scored_is_refused():
+  with pytest.raises(ValueError, match="the answer of test task '0' cannot be scored"):
+    base.make('reasoning_gym').check(TASK, 'test')
