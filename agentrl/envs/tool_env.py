@@ -67,7 +67,12 @@ class ToolEnvironment:
 
   async def open(self, task: types.Task, seed: int) -> ToolEpisode:
     """Returns a new episode; opens no tool yet."""
-    return ToolEpisode(self, _Progress(task), self.executor.open(seed))
+    return ToolEpisode(self, _Progress(task), self.executor.open(self.session_seed(task, seed)))
+
+  def session_seed(self, task: types.Task, seed: int) -> int:
+    """Returns what the tools of an episode are opened with; for worlds whose tools belong to a task."""
+    del task
+    return seed
 
   async def restore(self, snapshot: tuple[_Progress, Any]) -> ToolEpisode:
     """Returns an independent episode that goes on from a snapshot."""
@@ -124,6 +129,10 @@ class ToolEpisode:
   async def snapshot(self) -> tuple[_Progress, Any]:
     """Returns a value for `ToolEnvironment.restore`."""
     return self._progress, await self._session.snapshot()
+
+  def go_on(self):
+    """Takes the end back: the answer was not the last one."""
+    self._progress = dataclasses.replace(self._progress, done=False)
 
   async def close(self) -> None:
     """Closes the tools' states; safe to repeat."""

@@ -8,13 +8,13 @@ choice, so that reinforcement learning has something to sharpen and something to
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from typing import Any, Mapping, Sequence
 
 import numpy as np
 
 from agentrl.core import types
 from agentrl.rewards import reasoning_gym as rewards
+from agentrl.synthesis import base
 from agentrl.synthesis import cold_start_scripts as scripts
 from agentrl.tokens import chat
 from agentrl.tokens import formats
@@ -27,25 +27,9 @@ WRONG_STRATEGIES: Mapping[str, float] = {
 _CONCURRENT = 64
 
 
-@dataclasses.dataclass(frozen=True)
-class Trace:
-  """A scripted conversation.
-
-  Attributes:
-    task: What was asked.
-    messages: The task's messages and all that follow, ending in the answer.
-    strategy: Which script wrote it.
-    right: Whether the answer scores full marks; a guess may be lucky.
-  """
-
-  task: types.Task
-  messages: tuple[types.Message, ...]
-  strategy: str
-  right: bool
-
-
+@base.DEMONSTRATORS.register('reasoning_gym')
 def make_traces(tasks: Sequence[types.Task], executor: executor_lib.Executor, *, seed: int,
-                **settings: Any) -> list[Trace]:
+                **settings: Any) -> list[base.Trace]:
   """Returns one trace a task, as `write_traces` does; blocks. For callers without an event loop."""
   return asyncio.run(write_traces(tasks, executor, seed=seed, **settings))
 
@@ -54,7 +38,7 @@ async def write_traces(tasks: Sequence[types.Task], executor: executor_lib.Execu
                        share_right: float = 0.5,
                        right_strategies: Mapping[str, float] = RIGHT_STRATEGIES,
                        wrong_strategies: Mapping[str, float] = WRONG_STRATEGIES,
-                       call_format: formats.CallFormat | None = None) -> list[Trace]:
+                       call_format: formats.CallFormat | None = None) -> list[base.Trace]:
   """Returns one trace a task, in their order; the same tasks and seed give the same traces.
 
   Args:
@@ -70,6 +54,10 @@ async def write_traces(tasks: Sequence[types.Task], executor: executor_lib.Execu
   """
   if not 0.0 <= share_right <= 1.0:
     raise ValueError(f'share_right must be in [0, 1], got {share_right}')
+  unnamed = [t.id for t in tasks if 'family' not in t.metadata]
+  if unnamed:
+    raise ValueError(f'task {unnamed[0]!r} has no "family" in its metadata, by which its demonstration would be '
+                     'scripted; add it')
   strange = sorted({_family(task) for task in tasks} - set(scripts.SCRIPTS))
   if strange:
     raise ValueError(f'family {strange[0]!r} has no script; there are {sorted(scripts.SCRIPTS)}')
@@ -81,14 +69,14 @@ async def write_traces(tasks: Sequence[types.Task], executor: executor_lib.Execu
   for task in tasks:
     answers.setdefault(_family(task), []).append(task.ground_truth['answer'])
 
-  async def write(index: int) -> Trace:
+  async def write(index: int) -> base.Trace:
     task = tasks[index]
     rng = np.random.default_rng([seed, index])
     right = rng.random() < share_right
     writer = _Writer(task, answers[_family(task)], executor, index, call_format, rng)
     return await writer.write(right_strategies if right else wrong_strategies)
 
-  traces: list[Trace] = []
+  traces: list[base.Trace] = []
   for start in range(0, len(tasks), _CONCURRENT):
     stop = min(start + _CONCURRENT, len(tasks))
     traces += await asyncio.gather(*(write(i) for i in range(start, stop)))
@@ -113,7 +101,7 @@ class _Writer:
     self._rng = rng
     self._messages = list(task.messages)
 
-  async def write(self, strategies: Mapping[str, float]) -> Trace:
+  async def write(self, strategies: Mapping[str, float]) -> base.Trace:
     strategy = self._choose(strategies)
     if strategy.startswith('failed_then_'):
       await self._call('python', self._pick(self._script.failing))
@@ -128,7 +116,7 @@ class _Writer:
       answer = await self._call('python', self._script.right)
     await self._session.close()
     self._messages.append(types.Message('assistant', answer))
-    return Trace(self._task, tuple(self._messages), strategy, self._is_right(answer))
+    return base.Trace(self._task, tuple(self._messages), strategy, self._is_right(answer))
 
   def _choose(self, strategies: Mapping[str, float]) -> str:
     names = [n for n in strategies if n != 'calculator' or self._script.calculator is not None]
@@ -164,13 +152,13 @@ class _Writer:
     return rewards.is_full(rewards.score_answer(answer, self._task.ground_truth).score)
 
 
-def corpus(traces: Sequence[Trace], tools: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+def corpus(traces: Sequence[base.Trace], tools: Sequence[Mapping[str, Any]] = ()) -> list[str]:
   """Returns the texts to train a tokenizer on, each as often as the traces render it."""
   system = [chat.describe_tools(tools)] if tools else []
   return [text for trace in traces for text in (*system, *(m.content for m in trace.messages))]
 
 
-def tokenize(traces: Sequence[Trace], template: chat.ChatTemplate,
+def tokenize(traces: Sequence[base.Trace], template: chat.ChatTemplate,
              tools: Sequence[Mapping[str, Any]] = ()) -> list[tuple[np.ndarray, np.ndarray]]:
   """Returns [n] int32 ids and [n] bool loss masks, a pair a trace.
 
