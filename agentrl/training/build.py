@@ -15,12 +15,13 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from agentrl.algorithms import OBJECTIVES
+from agentrl.core import registry
 from agentrl.core.types import Message
 from agentrl.data import base as data
 from agentrl.envs import base as envs
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import init_params, num_params, param_axes
-from agentrl.rewards import reasoning_gym as rewards
+from agentrl.rewards import base as rewards
 from agentrl.rollout.budget import Limits
 from agentrl.rollout.engine import Engine
 from agentrl.sampling.draw import SamplingParams
@@ -31,6 +32,7 @@ from agentrl.tokens import tokenizer as tokenizers
 from agentrl.tools import base as tools
 from agentrl.tools import executor as executors
 from agentrl.training import demonstrations
+from agentrl.training.init_from import copy_tokenizer
 
 TOKENIZER_NAME = 'tokenizer.model'
 
@@ -51,6 +53,7 @@ class Parts:
   train_source: Any
   test_source: Any
   reward: Any
+  system_prompt: str
 
   def __post_init__(self):
     self._engines: dict[SamplingParams, Engine] = {}
@@ -72,7 +75,7 @@ class Parts:
 
   def _environment(self, executor):
     return envs.make(self.config.environment.name, executor=executor, call_format=self.call_format,
-                     max_turns=self.config.environment.max_turns, system_prompt=chat.describe_tools(self.schemas),
+                     max_turns=self.config.environment.max_turns, system_prompt=self.system_prompt,
                      end_markers=self.template.stops)
 
   def engine(self, sampling: SamplingParams) -> Engine:
@@ -92,6 +95,8 @@ class Parts:
 
   def init_params(self) -> Any:
     """Returns new parameters, sharded over the mesh."""
+    if self.config.model.checkpoint:
+      return _from_checkpoint().load_params(self.config, self.tokenizer, self.model.value_head, self.mesh)
     init = functools.partial(init_params, self.model)
     key = jax.random.key(self.config.seed)
     shapes = jax.eval_shape(init, key)
@@ -118,46 +123,61 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Parts:
   _check(config)
   workdir = pathlib.Path(workdir)
   mesh = meshes.make_mesh(dict(config.mesh))
-  named_tools = [tools.make(name) for name in config.tools.names]
-  call_format = formats.make(config.tools.call_format, named_tools)
+  named_tools = [registry.call(f'tools.options.{name}', tools.TOOLS.get(name), dict(config.tools.options.get(name, {})))
+                 for name in config.tools.names]
+  published = config.model.checkpoint
+  call_format = (_from_checkpoint().call_format(config, named_tools) if published else
+                 formats.make(config.tools.call_format, named_tools))
   sources = {split: _source(config, workdir, split) for split in ('train', 'test')}
-  _check_answers(sources)
+  reward = rewards.make(config.reward.name, config.reward.weights.to_dict(),
+                        config.reward.shapings)
+  for split, source in sources.items():
+    for i in range(len(source)):
+      reward.check(source[i], split)
   executor = executors.Executor(
       named_tools, limits=executors.Limits(timeout=config.tools.timeout, output=config.tools.output))
-  tokenizer = _tokenizer(config, workdir, functools.partial(
-      _demonstrations, config, workdir, sources['train'], executor, call_format), call_format, named_tools)
-  template = chat.ChatTemplate(tokenizer, call_format.stops)
-  model = ModelConfig(vocab_size=tokenizer.vocab_size, value_head=needs_value_head(config), **config.model)
-  _check_prompts(config, sources, template, named_tools)
+  system_prompt = chat.describe_tools(_schemas(named_tools))
+  if published:
+    tokenizer, template = _from_checkpoint().chat(config, call_format, _schemas(named_tools))
+    system_prompt = _from_checkpoint().system_prompt(template, call_format, _schemas(named_tools))
+    model = _from_checkpoint().model_config(config, tokenizer, needs_value_head(config))
+  else:
+    tokenizer = _tokenizer(config, workdir, functools.partial(
+        _demonstrations, config, workdir, sources['train'], executor, call_format), call_format, named_tools)
+    template = chat.ChatTemplate(tokenizer, call_format.stops)
+    settings = {name: value for name, value in config.model.items() if name != 'checkpoint'}
+    model = ModelConfig(vocab_size=tokenizer.vocab_size, value_head=needs_value_head(config), **settings)
+  _check_prompts(config, sources, template, system_prompt)
   logging.info('Policy of %d parameters on %d device(s), vocabulary %d', num_params(model), mesh.size,
                tokenizer.vocab_size)
   return Parts(config, workdir, model, mesh, tokenizer, template, named_tools, call_format, executor,
-               sources['train'], sources['test'], rewards.make_reward(dict(config.reward.weights) or None))
+               sources['train'], sources['test'], reward, system_prompt)
+
+
+def _from_checkpoint() -> Any:
+  """The module for published checkpoints; what it imports comes with the extra 'hf'."""
+  try:
+    from agentrl.training import from_checkpoint  # pylint: disable=g-import-not-at-top
+  except ImportError as error:
+    raise ValueError(f"model.checkpoint needs {error.name}: pip install -e '.[hf]'") from error
+  return from_checkpoint
 
 
 def make_objective(config: ConfigDict) -> Any:
   """Returns the objective of the RL stage, checked against the rest of the config."""
-  objective = _make('rl.options', OBJECTIVES.get(config.rl.algorithm), **config.rl.options)
-  objective.check(group_size=config.rl.group_size, value_head=objective.needs_values, reference=config.rl.reference)
-  if config.rl.drop_without_signal and objective.min_group < 2:
-    raise ValueError(f"rl.drop_without_signal compares the rewards of a group's samples and cannot go with objective "
-                     f'{objective.name!r}, which learns from single ones; set it to false, or take grpo')
+  objective = registry.call('rl.options', OBJECTIVES.get(config.rl.algorithm), config.rl.options.to_dict())
+  c = config.rl
+  objective.check(group_size=c.group_size, value_head=objective.needs_values, reference=c.reference,
+                  updates=c.minibatches * c.epochs, recomputed=c.recompute_behaviour)
+  if objective.min_group < 2 and any(s.get('name') == 'drop_zero_std' for s in config.rl.select):
+    raise ValueError("rl.select 'drop_zero_std' compares the rewards of a group's samples and cannot go with objective "
+                     f"{objective.name!r}, which learns from single ones; leave it out, or take an advantage such as 'z'")
   return objective
 
 
 def needs_value_head(config: ConfigDict) -> bool:
   """Whether the RL stage, if there is one, reads values."""
   return any(s.partition(':')[0] == 'rl' for s in config.stages) and make_objective(config).needs_values
-
-
-def _make(section: str, factory: Callable[..., Any], **settings: Any) -> Any:
-  """Returns `factory(**settings)`; settings that it does not take are refused by their section's name."""
-  signature = inspect.signature(factory)
-  try:
-    signature.bind(**settings)
-  except TypeError as error:
-    raise ValueError(f'{section}: {error}; known: {", ".join(signature.parameters)}') from None
-  return factory(**settings)
 
 
 def _check(config: ConfigDict):
@@ -182,7 +202,10 @@ def _source(config: ConfigDict, workdir: pathlib.Path, split: str) -> Any:
   elif 'path' not in settings and f'{split}_path' in settings:
     paths = {k: settings.pop(k) for k in ('train_path', 'test_path') if k in settings}
     settings['path'] = paths[f'{split}_path']
-  return _make('data.options', data.SOURCES.get(d.source), **settings)
+  factory = data.SOURCES.get(d.source)
+  if 'split' in inspect.signature(factory).parameters:
+    settings['split'] = split
+  return registry.call('data.options', factory, settings)
 
 
 def _schemas(named_tools: list[tools.Tool]) -> list[dict[str, Any]]:
@@ -193,17 +216,16 @@ def _demonstrations(config: ConfigDict, workdir: pathlib.Path, source: Any, exec
                     call_format: Any) -> list[demonstrations.Chat]:
   order = np.random.default_rng(config.seed).permutation(len(source))[:config.sft.traces]
   tasks = [source[int(i)] for i in order]
-  unnamed = [t.id for t in tasks if 'family' not in t.metadata]
-  if unnamed:
-    raise ValueError(f'task {unnamed[0]!r} has no "family" in its metadata, by which its demonstration would be '
-                     'scripted; add it')
-  return demonstrations.read_or_write(workdir, tasks, executor, call_format, seed=config.seed,
-                                      share_right=config.sft.share_right)
+  return demonstrations.read_or_write(
+      workdir, config.sft.demonstrator, tasks, executor, call_format, seed=config.seed,
+      share_right=config.sft.share_right, options=config.sft.options.to_dict())
 
 
 def _tokenizer(config: ConfigDict, workdir: pathlib.Path, chats: Callable[[], list[demonstrations.Chat]],
                call_format: Any, named_tools: list[tools.Tool]) -> tokenizers.Tokenizer:
   path = pathlib.Path(config.tokenizer.path or workdir / TOKENIZER_NAME)
+  if config.checkpoint.init_from and not config.tokenizer.path:
+    copy_tokenizer(config.checkpoint.init_from, path)
   if path.exists() or config.tokenizer.path:
     return tokenizers.Tokenizer.load(str(path))
   texts = [m.content for messages in chats() for m in messages]
@@ -212,7 +234,7 @@ def _tokenizer(config: ConfigDict, workdir: pathlib.Path, chats: Callable[[], li
   try:
     tokenizer = tokenizers.train_tokenizer(
         texts, markers=call_format.markers, vocab_size=config.tokenizer.vocab_size,
-        digit_group=config.tokenizer.digit_group)
+        digit_group=config.tokenizer.digit_group, isolated=(*tokenizers.ISOLATED, *config.tokenizer.isolated))
   except RuntimeError as error:  # what sentencepiece raises for any setting that it cannot follow
     raise ValueError(f'tokenizer.vocab_size={config.tokenizer.vocab_size} does not suit the text: {error}') from error
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,27 +242,14 @@ def _tokenizer(config: ConfigDict, workdir: pathlib.Path, chats: Callable[[], li
   return tokenizer
 
 
-def _check_answers(sources: Any):
-  """Refuses a data set with an answer that could not be scored."""
-  for split, source in sources.items():
-    for i in range(len(source)):
-      task = source[i]
-      try:
-        rewards.score_answer(None, task.ground_truth)
-      except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f'the answer of {split} task {task.id!r} cannot be scored ({tools.worded(error)}): it must be an entry of '
-            'reasoning-gym, an object with "family", "question", "answer" and "metadata"') from error
-
-
-def _check_prompts(config: ConfigDict, sources: Any, template: chat.ChatTemplate, named_tools: list[tools.Tool]):
+def _check_prompts(config: ConfigDict, sources: Any, template: chat.ChatTemplate, system_prompt: str):
   """Refuses a data set with a prompt that leaves no room for an answer."""
   limit = config.rollout.context_tokens
-  system = Message('system', chat.describe_tools(_schemas(named_tools)))
+  system = (Message('system', system_prompt),) if system_prompt else ()
   for split, source in sources.items():
     for i in range(len(source)):
       task = source[i]
-      n = len(template.render((system, *task.messages), add_generation_prompt=True))
+      n = len(template.render((*system, *task.messages), add_generation_prompt=True))
       if n >= limit:
         raise ValueError(f'the prompt of {split} task {task.id!r} has {n} tokens, which leaves no room in '
                          f'rollout.context_tokens={limit}; raise it, or leave the task out')

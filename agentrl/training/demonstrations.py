@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import os
 import pathlib
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from absl import logging
 import numpy as np
 
+from agentrl.core import registry
 from agentrl.core.types import Message, Task
-from agentrl.synthesis import cold_start
+from agentrl.synthesis.base import DEMONSTRATORS
 from agentrl.tokens.chat import ChatTemplate
 from agentrl.training.packing import TokenSequence
 
@@ -20,14 +22,26 @@ FILE_NAME = 'demonstrations.json.gz'
 Chat = tuple[Message, ...]
 
 
-def read_or_write(workdir: pathlib.Path, tasks: Sequence[Task], executor: Any, call_format: Any, *, seed: int,
-                  share_right: float) -> list[Chat]:
+def read_or_write(workdir: pathlib.Path, name: str, tasks: Sequence[Task], executor: Any, call_format: Any, *,
+                  seed: int, share_right: float, options: Mapping[str, Any]) -> list[Chat]:
   """Returns one scripted chat a task, without the system message.
 
   Blocks while the calls of new demonstrations run, about half a millisecond each.
+
+  Args:
+    workdir: Where they are kept.
+    name: Of the demonstrator; see `agentrl.synthesis.base`.
+    tasks: What to demonstrate.
+    executor: Of the run.
+    call_format: Of the run.
+    seed: Of the demonstrator's choices.
+    share_right: Share that is scripted to end in a right answer.
+    options: Further arguments of the demonstrator.
+  Raises:
+    ValueError: if the workdir holds others, or the demonstrator refuses the tasks or its options.
   """
   path = workdir / FILE_NAME
-  recipe = {'tasks': len(tasks), 'seed': seed, 'share_right': share_right}
+  recipe = {'demonstrator': name, 'tasks': len(tasks), 'seed': seed, 'share_right': share_right, **options}
   if path.exists():
     with gzip.open(path, 'rt', encoding='utf-8') as file:
       stored = json.load(file)
@@ -35,8 +49,9 @@ def read_or_write(workdir: pathlib.Path, tasks: Sequence[Task], executor: Any, c
       return [tuple(Message(*m) for m in chat) for chat in stored['chats']]
     raise ValueError(f'{path} was written for {stored["recipe"]}, the config now asks for {recipe}; '
                      'use another workdir or remove the file')
-  traces = cold_start.make_traces(tasks, executor, seed=seed, share_right=share_right,
-                                  call_format=call_format)
+  write = functools.partial(DEMONSTRATORS.get(name), tasks, executor, seed=seed, share_right=share_right,
+                            call_format=call_format)
+  traces = registry.call('sft.options', write, options)
   logging.info('%d demonstrations, %.0f %% end in a right answer', len(traces),
                100 * np.mean([t.right for t in traces]))
   temporary = path.with_suffix('.tmp')

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Sequence
 
 import numpy as np
 
+from agentrl.agents import base as agents
 from agentrl.agents.react import react
+from agentrl.core.types import Iteration, Task
 from agentrl.rollout.engine import EngineStats, Job
 from agentrl.rollout.store import TrajectoryStore
 from agentrl.rollout.summary import summarize, wilson_interval
@@ -32,6 +35,10 @@ class EvaluationStage:
                        'lower it or raise data.test_per_family')
     self._store = TrajectoryStore(parts.workdir / 'trajectories', lambda i: parts.tokenizer.pieces([i])[0])
     self._found: dict[str, Any] = {}
+    agent = parts.config.agent
+    if c.agent and self._agent(parts.environment).max_trajectories(c.samples) != c.samples:
+      raise ValueError(f'eval.agent=True cannot go with agent {agent.name!r}, which branches: a task would be counted more '
+                       "often than eval.samples says; set eval.agent to False, which takes the plain agent")
 
   def begin(self, state: LearnerState, host: HostState) -> LearnerState:
     """Returns the state as it is."""
@@ -48,7 +55,8 @@ class EvaluationStage:
     environment = parts.environment_without_tools if self.without_tools else parts.environment
     order = np.random.default_rng(0).permutation(len(parts.test_source))[:c.tasks]
     tasks = [parts.test_source[int(i)] for i in order]
-    jobs = [Job(task, k, task.id, react(environment, parts.template, task)) for task in tasks for k in range(c.samples)]
+    jobs = [Job(task, k, task.id, program) for task in tasks
+            for k, program in enumerate(self._programs(environment, task, host))]
     self._engine.sampler.set_params(state.params)
     self._engine.stats = EngineStats()
     trajectories = self._engine.collect(jobs, policy_version=host.step)
@@ -67,6 +75,17 @@ class EvaluationStage:
     self._store.write(host.step, trajectories, {'stage': self._name})
     self._found = metrics
     return state, metrics
+
+  def _agent(self, environment: Any) -> agents.Agent:
+    c = self._parts.config.agent
+    return agents.make(c.name, environment, self._parts.template, c.options.to_dict())
+
+  def _programs(self, environment: Any, task: Task, host: HostState) -> Sequence[agents.Program]:
+    """Returns a program a sample: the plain one, or the agent's with the memory that it has, which stays as it is."""
+    if not self._config.agent:
+      return [react(environment, self._parts.template, task)] * self._config.samples
+    memory = copy.deepcopy(host.memory.get('agent', {}))
+    return self._agent(environment).programs(task, self._config.samples, Iteration(0, 1, memory))
 
   def result(self, host: HostState) -> dict[str, Any]:
     """Returns success with its interval, overall and by family, and how tools were used."""

@@ -25,6 +25,7 @@ from agentrl.metrics.writers import MetricsWriter
 from agentrl.training import demonstrations
 from agentrl.training import rejected
 from agentrl.training.build import Parts, TOKENIZER_NAME, build
+from agentrl.training.init_from import load_params
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
 
@@ -91,7 +92,8 @@ class _Loop:
     bare = _bare(self._parts.init_params())
     found = self._checkpointer.restore({}, partial=True)
     if found is None:
-      return bare, HostState()
+      folder = self._config.checkpoint.init_from
+      return (_bare(load_params(folder, bare.params)) if folder else bare), HostState()
     host = HostState(**found.host)
     # `begin` tells the shape of a stage's state; its values are overwritten.
     template = self._stage(host).begin(bare, HostState()) if host.stage_step else bare

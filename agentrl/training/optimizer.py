@@ -6,6 +6,8 @@ from typing import Any
 
 import optax
 
+from agentrl.models import lora
+
 # Leaves that Muon updates as matrices: the dimensions summed over, those produced.
 _MUON_AXES = {
     'qkv': ((1,), (2, 3, 4)),
@@ -41,7 +43,7 @@ def schedule(name: str, peak: float, steps: int, warmup: int) -> optax.Schedule:
 
 def make_optimizer(name: str, learning_rate: Any, *, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
                    b1: float = 0.9, b2: float = 0.95, adam_scale: float = 1.0) -> optax.GradientTransformation:
-  """Returns an optimiser with gradient clipping by global norm.
+  """Returns an optimiser with gradient clipping by global norm; of a policy with adapters, it moves those alone.
 
   Args:
     name: 'adamw', or 'muon' for the matrices of the layers with adamw for the rest.
@@ -65,7 +67,8 @@ def make_optimizer(name: str, learning_rate: Any, *, weight_decay: float = 0.0, 
         consistent_rms=0.2)
   else:
     raise ValueError(f'optimiser {name!r} is unknown; known: adamw, muon')
-  return optax.chain(optax.clip_by_global_norm(max_grad_norm), update) if max_grad_norm else update
+  update = optax.chain(optax.clip_by_global_norm(max_grad_norm), update) if max_grad_norm else update
+  return lora.for_policy(update)
 
 
 def _muon_dimensions(params: Any) -> Any:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
+import zlib
 
 import numpy as np
 
-from agentrl.core.types import TrainBatch, Trajectory
+from agentrl.core.types import Segment, TrainBatch, Trajectory
+
+
+# What the objective may read of each token besides its reward parts.
+TOKEN_PARTS = {
+    'entropy': np.float32(0),  # that it was drawn at, nats
+    'sampler_log_prob': np.float32(0),  # that it was drawn at, nats, also where the learner computes its own; NaN unknown
+    'call': np.float32(0),  # 1 in turns that call a tool
+    # Step of the group's tree, and the one before it: forked trajectories have equal ids in steps that they share.
+    'node': np.int32(-1),
+    'node_parent': np.int32(-1),
+    # Checksum of what the turn was shown: the observation before it, or all of them so far, the prompt included.
+    'state': np.int32(-1),
+    'history': np.int32(-1),
+}
 
 
 class TokenSequence(NamedTuple):
@@ -18,6 +33,7 @@ class TokenSequence(NamedTuple):
     log_probs: [n] float32, nats. Behaviour log-probs; read only where masked in.
     turns: [n] int32.
     trajectory: Index of the trajectory it belongs to.
+    parts: Name to [n]: further numbers of its tokens.
   """
 
   tokens: np.ndarray
@@ -25,6 +41,7 @@ class TokenSequence(NamedTuple):
   log_probs: np.ndarray
   turns: np.ndarray
   trajectory: int
+  parts: Mapping[str, np.ndarray] = {}
 
 
 class Outcome(NamedTuple):
@@ -35,18 +52,91 @@ class Outcome(NamedTuple):
     rewards: float32.
     weights: float32; 0 takes a trajectory out of the loss.
     baseline_mask: bool; whether it counts in its group's baseline.
+    parts: Name to [N] float32: further numbers of trajectories.
   """
 
   group_ids: np.ndarray
   rewards: np.ndarray
   weights: np.ndarray
   baseline_mask: np.ndarray
+  parts: Mapping[str, np.ndarray] = {}
 
 
-def sequences_of(trajectories: Sequence[Trajectory]) -> list[TokenSequence]:
-  """Returns the segments of the trajectories, in order, each exactly as it was recorded."""
-  return [TokenSequence(s.tokens, s.sampled, s.log_probs, s.turns, i)
-          for i, trajectory in enumerate(trajectories) for s in trajectory.segments if len(s)]
+def sequences_of(trajectories: Sequence[Trajectory], token_parts: Sequence[str] = ()) -> list[TokenSequence]:
+  """Returns the segments of the trajectories, in order, each exactly as it was recorded.
+
+  Args:
+    trajectories: What was collected.
+    token_parts: Names of further numbers of tokens: of `TOKEN_PARTS`, or reward parts of turns, which stand on the
+      last sampled token of their turn.
+  Raises:
+    KeyError: if a trajectory has no such part.
+  """
+  nodes = _Nodes() if {'node', 'node_parent'} & set(token_parts) else None
+  return [TokenSequence(s.tokens, _in_loss(t, s), s.log_probs, s.turns, i,
+                        {name: _token_part(t, s, name, nodes) for name in token_parts})
+          for i, t in enumerate(trajectories) for s in t.segments if len(s)]
+
+
+def _in_loss(trajectory: Trajectory, segment: Segment) -> np.ndarray:
+  if not trajectory.loss_from:
+    return segment.sampled
+  if segment is not trajectory.segments[-1]:
+    return np.zeros(len(segment), bool)
+  return segment.sampled & (np.arange(len(segment)) >= trajectory.loss_from)
+
+
+def _token_part(trajectory: Trajectory, segment: Segment, name: str, nodes: _Nodes | None) -> np.ndarray:
+  if name == 'entropy':
+    return np.where(segment.sampled & np.isfinite(segment.entropies), segment.entropies, np.float32(0))
+  if name == 'sampler_log_prob':
+    return np.where(segment.sampled, segment.log_probs, np.float32(0))
+  if name == 'call':
+    calling = [turn.index for turn in trajectory.turns if turn.calls]
+    return np.isin(segment.turns, calling).astype(np.float32)
+  if name in ('state', 'history'):
+    return _shown(segment, whole=name == 'history')
+  if name in TOKEN_PARTS:
+    return nodes.of(trajectory, segment)[name]
+  part = np.zeros(len(segment), np.float32)
+  where = next(i for i, s in enumerate(trajectory.segments) if s is segment)
+  for turn in trajectory.turns:
+    if turn.segment == where and turn.end > turn.start:
+      part[turn.end - 1] = trajectory.turn_rewards[name][turn.index]
+  return part
+
+
+def _shown(segment: Segment, whole: bool) -> np.ndarray:
+  """Returns a checksum of what stands before each token's turn and was not drawn: since the turn before, or all."""
+  out, turns, forced = np.full(len(segment), -1, np.int32), segment.turns, ~segment.sampled
+  seen = b''
+  for turn in np.unique(turns):
+    own = turns == turn
+    new = segment.tokens[own & forced].tobytes()
+    # A mark between observations, so that two short ones are not one long one.
+    seen = seen + b'|' + new if whole else new
+    out[own] = zlib.crc32(seen) >> 1
+  return out
+
+
+class _Nodes:
+  """Numbers the steps of the groups' trees: a step is a turn, and what was appended before it."""
+
+  def __init__(self):
+    self._numbers: dict[Any, int] = {}
+
+  def of(self, trajectory: Trajectory, segment: Segment) -> dict[str, np.ndarray]:
+    """Returns the number of each token's step, and of the step before it."""
+    turns = segment.turns
+    per_turn = {int(k): self._number(trajectory, int(k)) for k in np.unique(turns)}
+    parents = {k: self._number(trajectory, k - 1) if k else -1 for k in per_turn}
+    return {'node': np.array([per_turn[k] for k in turns], np.int32),
+            'node_parent': np.array([parents[k] for k in turns], np.int32)}
+
+  def _number(self, trajectory: Trajectory, turn: int) -> int:
+    t = trajectory
+    path = t.drawn_by(t.turns[turn]) if turn < len(t.turns) else t.path
+    return self._numbers.setdefault((t.group_id, t.sample, path, turn), len(self._numbers))
 
 
 def plan_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -74,7 +164,8 @@ def plan_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 def pack(sequences: Sequence[TokenSequence], outcome: Outcome, *, rows: int, row_length: int, channels: int = 1,
-         micro_batches: int = 1, plan: list[list[int]] | None = None) -> tuple[TrainBatch, int]:
+         micro_batches: int = 1, plan: list[list[int]] | None = None, token_part_names: Sequence[str] = (),
+         step: int = 0) -> tuple[TrainBatch, int]:
   """Returns a batch of `rows` x `row_length` tokens, and how many of its micro-batches are used.
 
   Micro-batch m is rows m, m + micro_batches, ...; they are filled one after the other, and the rest is padding.
@@ -89,6 +180,8 @@ def pack(sequences: Sequence[TokenSequence], outcome: Outcome, *, rows: int, row
     channels: C, planes of advantages.
     micro_batches: Parts that the learner cuts the rows into; must divide them.
     plan: Indices of the sequences of each row; planned if None.
+    token_part_names: Further numbers of tokens that the sequences have.
+    step: Updates made so far.
   Raises:
     ValueError: if the sequences do not fit, or the micro-batches do not divide the rows.
   """
@@ -102,6 +195,7 @@ def pack(sequences: Sequence[TokenSequence], outcome: Outcome, *, rows: int, row
   ints = {k: np.full(shape, fill, np.int32) for k, fill in
           (('tokens', 0), ('positions', 0), ('segment_ids', 0), ('turn_ids', -1), ('trajectory_ids', -1))}
   loss_mask, log_probs = np.zeros(shape, bool), np.zeros(shape, np.float32)
+  token_parts = {name: np.full(shape, TOKEN_PARTS.get(name, np.float32(0))) for name in token_part_names}
   for k, members in enumerate(plan):
     r, at = k % part * micro_batches + k // part, 0
     for number, i in enumerate(members, 1):
@@ -114,8 +208,11 @@ def pack(sequences: Sequence[TokenSequence], outcome: Outcome, *, rows: int, row
       ints['trajectory_ids'][where] = s.trajectory
       loss_mask[where] = s.loss_mask & (outcome.weights[s.trajectory] > 0)
       log_probs[where] = np.where(loss_mask[where], s.log_probs, 0.0)
+      for name, plane in token_parts.items():
+        plane[where] = s.parts[name]
   zeros = lambda: np.zeros(shape, np.float32)
   batch = TrainBatch(
       **ints, loss_mask=loss_mask, behaviour_log_probs=log_probs, reference_log_probs=zeros(), values=zeros(),
-      returns=zeros(), advantages=np.zeros((channels, *shape), np.float32), **outcome._asdict())
+      returns=zeros(), advantages=np.zeros((channels, *shape), np.float32), step=np.int32(step),
+      token_parts=token_parts, **outcome._asdict())
   return batch, max(1, -(-len(plan) // part))

@@ -15,16 +15,16 @@ from agentrl.training.state import HostState
 FOLDER = 'rejected'
 
 
-def note(host: HostState, workdir: pathlib.Path, batch: TrainBatch, applied: Any, index: int = 0):
+def note(host: HostState, workdir: pathlib.Path, batch: TrainBatch, applied: Any, index: int | str = 0):
   """Counts an update in `host.rejected_in_a_row`; saves the batch of one that was refused.
 
   Args:
     host: Of the run, at the step in progress.
     workdir: The run's folder; batches go to `rejected/step_00000012_0.npz`, an array a
-      field of `TrainBatch`.
+      field of `TrainBatch`, with a dot before the name of a part.
     batch: Of the update.
     applied: Whether it was applied.
-    index: Of the update within the step.
+    index: Of the update within the step, or what was updated.
   """
   if applied:
     host.rejected_in_a_row = 0
@@ -33,6 +33,7 @@ def note(host: HostState, workdir: pathlib.Path, batch: TrainBatch, applied: Any
   folder = workdir / FOLDER
   folder.mkdir(exist_ok=True)
   path = folder / f'step_{host.step:08d}_{index}.npz'
-  np.savez_compressed(path, **jax.device_get(batch)._asdict())
+  arrays = jax.tree_util.tree_leaves_with_path(jax.device_get(batch)._asdict())
+  np.savez_compressed(path, **{jax.tree_util.keystr(key, simple=True, separator='.'): x for key, x in arrays})
   logging.error('An update of step %d is not finite and was not applied; its batch is in %s',
                 host.step, path)

@@ -14,7 +14,7 @@ from agentrl.training import demonstrations
 from agentrl.training import rejected
 from agentrl.training.build import Parts
 from agentrl.training.optimizer import make_optimizer, schedule
-from agentrl.training.packing import Outcome, pack, plan_rows
+from agentrl.training.packing import Outcome, TokenSequence, pack, plan_rows
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
 from agentrl.training.step import make_update
@@ -22,10 +22,16 @@ from agentrl.training.step import make_update
 
 @STAGES.register('sft')
 class SupervisedStage:
-  """A step is `updates_per_step` updates on `batch_rows` packed rows each; the order follows from seed and epoch."""
+  """A step is `updates_per_step` updates on `batch_rows` packed rows each; the order follows from seed and epoch.
+
+  Attributes:
+    section: Of the config.
+  """
+
+  section = 'sft'
 
   def __init__(self, parts: Parts, name: str):
-    c = parts.config.sft
+    c = parts.config[self.section]
     self._parts, self._config = parts, c
     self.steps = c.steps
     rate = schedule(c.schedule, c.learning_rate, c.steps * c.updates_per_step, c.warmup)
@@ -33,13 +39,21 @@ class SupervisedStage:
     self._micro_batches = max(1, c.batch_rows // parts.config.train.micro_rows)
     self._update = make_update(parts.model, self._optimizer, supervised(), micro_batches=self._micro_batches,
                                mesh=parts.mesh if parts.mesh.size > 1 else None)
-    self._sequences = demonstrations.tokenize(parts.demonstrations(), parts.template, parts.schemas,
-                                              parts.config.train.row_length)
-    self._rows = plan_rows([len(s.tokens) for s in self._sequences], parts.config.train.row_length)
-    if len(self._rows) < c.batch_rows:
-      raise ValueError(f'{len(self._sequences)} demonstrations fill {len(self._rows)} rows, fewer than '
-                       f'sft.batch_rows={c.batch_rows}; raise sft.traces or lower sft.batch_rows')
     self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+    self._lay_out(self._find())
+
+  def _find(self) -> list[TokenSequence]:
+    """Returns what there is to imitate when the run starts."""
+    parts = self._parts
+    return demonstrations.tokenize(parts.demonstrations(), parts.template, parts.schemas, parts.config.train.row_length)
+
+  def _lay_out(self, sequences: list[TokenSequence]):
+    """Puts sequences into rows; refuses too few of them."""
+    self._sequences = sequences
+    self._rows = plan_rows([len(s.tokens) for s in sequences], self._parts.config.train.row_length)
+    if len(self._rows) < self._config.batch_rows:
+      raise ValueError(f'{len(sequences)} demonstrations fill {len(self._rows)} rows, fewer than '
+                       f'sft.batch_rows={self._config.batch_rows}; raise sft.traces or lower sft.batch_rows')
 
   def begin(self, state: LearnerState, host: HostState) -> LearnerState:
     """Returns the state with a new optimiser."""

@@ -16,12 +16,14 @@ class LearnerState(NamedTuple):
     opt_state: Of the optimiser of the present stage.
     updates: int32 scalar. Updates applied in the present stage.
     reference: Parameters of the reference policy; None without one.
+    side: What the present stage trains beside the policy, by name: further heads, critics, reward models.
   """
 
   params: Any
   opt_state: Any
   updates: jax.Array
   reference: Any = None
+  side: Any = {}
 
 
 @dataclasses.dataclass
@@ -36,6 +38,7 @@ class HostState:
     results: What finished stages found, by stage name.
     seconds: Wall time by phase, over all processes that worked on this run.
     totals: Sums over steps of what is counted, such as tokens, by stage and name.
+    memory: What shapings, agents and memories of trajectories find again, by their kind and name.
     rejected_in_a_row: Updates in a row that were not applied because they were not finite.
   """
 
@@ -46,6 +49,7 @@ class HostState:
   results: dict[str, Any] = dataclasses.field(default_factory=dict)
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
   totals: dict[str, float] = dataclasses.field(default_factory=dict)
+  memory: dict[str, Any] = dataclasses.field(default_factory=dict)
   rejected_in_a_row: int = 0
 
   def to_json(self) -> dict[str, Any]:

@@ -52,10 +52,13 @@ def make_update(config: ModelConfig, optimizer: optax.GradientTransformation, ob
   @functools.partial(jax.jit, donate_argnums=0)
   def update(state: LearnerState, batch: TrainBatch, used: jax.Array):
     parts = _spread(objectives.split_rows(objective.prepare(batch, state.updates), micro_batches), mesh)
-    total = grad_fn(state.params, _part(parts, 0))
-    if micro_batches > 1:
+    if micro_batches == 1:
+      total = grad_fn(state.params, _part(parts, 0))
+    else:
+      # From nothing rather than from part 0, so that the pass through the network is compiled once.
+      nothing = _nothing(jax.eval_shape(grad_fn, state.params, jax.eval_shape(_part, parts, 0)))
       total = jax.lax.fori_loop(
-          1, used, lambda i, total: _sum_parts(total, grad_fn(state.params, _part(parts, i))), total)
+          0, jnp.maximum(used, 1), lambda i, total: _sum_parts(total, grad_fn(state.params, _part(parts, i))), nothing)
     (value, metrics), grads = total
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -65,7 +68,7 @@ def make_update(config: ModelConfig, optimizer: optax.GradientTransformation, ob
         lambda new, old: jnp.where(finite, new, old), proposed, (state.params, state.opt_state))
     scalars = {**objectives.summarise(metrics), 'grad_norm': norm, 'applied': finite.astype(jnp.float32)}
     # As they came, so that the next update is the same program.
-    params, opt_state = _lay_out((params, opt_state), config, mesh)
+    params, opt_state = lay_out((params, opt_state), config, mesh)
     return state._replace(params=params, opt_state=opt_state, updates=state.updates + finite), scalars
 
   return update
@@ -118,7 +121,7 @@ def _spread(parts: Any, mesh: jax.sharding.Mesh | None) -> Any:
   return jax.tree.map(constrain, parts)
 
 
-def _lay_out(tree: Any, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> Any:
+def lay_out(tree: Any, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> Any:
   """Splits every leaf whose path ends in a parameter's as that parameter is, and replicates the others."""
   if mesh is None:
     return tree
@@ -137,6 +140,13 @@ def _lay_out(tree: Any, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> 
 
 def _part(parts: Any, index) -> Any:
   return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False), parts)
+
+
+def _nothing(shapes):
+  """Returns what `_sum_parts` adds to without changing it."""
+  (value, metrics), grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  maxima = jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), metrics.maxima)
+  return (value, metrics._replace(maxima=maxima)), grads
 
 
 def _sum_parts(a, b):

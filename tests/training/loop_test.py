@@ -220,8 +220,16 @@ def test_three_updates_that_are_not_finite_end_the_run(tiny_folder, tmp_path, qu
 def test_nan_rewards_end_the_reinforcement_stage(tiny_config, tiny_workdir, quick_compile,
                                                  monkeypatch):
   from agentrl.training import build
-  nan = lambda task, trajectory: {'total': float('nan'), 'success': 0.0}
-  monkeypatch.setattr(build.rewards, 'make_reward', lambda weights: nan)
+
+  class Broken:
+    names = ('accuracy', 'success')
+
+    def __call__(self, task, trajectory):
+      # A task is checked before anyone has answered.
+      return {'accuracy': float('nan') if trajectory.turns else 0.0, 'success': 0.0}
+
+  broken = build.rewards.Reward([Broken()], {'accuracy': 1.0})
+  monkeypatch.setattr(build.rewards, 'make', lambda *arguments: broken)
   config = tiny_config({'stages': 'rl', 'rl.steps': '9', 'report': 'false'})
   with pytest.raises(loop.RunError, match=r'3 updates in a row were not finite; .*rejected'):
     loop.run(config, tiny_workdir)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from agentrl.core.types import Message, Segment, Task, Trajectory
+from agentrl.core.types import Message, Segment, Task, Trajectory, Turn
 from agentrl.training import packing
 
 LENGTHS = st.lists(st.integers(1, 16), max_size=30)
@@ -109,3 +109,67 @@ def test_sequences_are_the_recorded_segments():
   assert [(s.trajectory, s.tokens.tolist(), s.loss_mask.tolist()) for s in got] == [
       (0, [5, 6, 7], [False, False, True]), (0, [8, 9], [False, True]), (1, [8, 9], [False, True])]
   assert got[1].log_probs[1] == -0.25 and np.isnan(got[1].log_probs[0])
+
+
+def _turns(trajectory, lengths, start=0, first=0):
+  """Appends turns: one forced token and `length` sampled ones each."""
+  segment = trajectory.segments[-1]
+  for k, length in enumerate(lengths, first):
+    segment.append_forced([90 + k], k)
+    at = len(segment)
+    segment.append_sampled(list(range(start, start + length)), [-1.0] * length, [0.5 + k] * length, k)
+    trajectory.turns.append(Turn(k, len(trajectory.segments) - 1, at, len(segment), '', 'stop'))
+
+
+def _fork(parent, index):
+  """What Session.fork gives."""
+  return Trajectory(parent.task, parent.sample, parent.group_id, 0, path=(*parent.path, index),
+                    parent_path=parent.path, fork_point=len(parent.segments[-1]),
+                    fork_points=(*parent.fork_points, (len(parent.segments), len(parent.segments[-1]))),
+                    segments=[s.copy() for s in parent.segments], turns=list(parent.turns))
+
+
+TASK = Task('t', 'tools', (Message('user', '?'),), None)
+
+
+def test_parts_of_turns_stand_on_the_last_sampled_token():
+  t = Trajectory(TASK, 0, 't', 0)
+  _turns(t, [2, 0, 3])
+  t.turn_rewards['progress'] = [0.25, 7.0, 0.75]
+  (got,) = packing.sequences_of([t], ['progress', 'entropy'])
+  # A turn without a token has nowhere to put its reward.
+  assert got.parts['progress'].tolist() == [0, 0, .25, 0, 0, 0, 0, .75]
+  assert got.parts['entropy'].tolist() == [0, .5, .5, 0, 0, 2.5, 2.5, 2.5]
+  batch, _ = packing.pack([got], _outcome(1)._replace(parts={'best': np.float32([2])}), rows=1, row_length=10,
+                          token_part_names=['progress'], step=3)
+  assert batch.token_parts['progress'][0].tolist() == [0, 0, .25, 0, 0, 0, 0, .75, 0, 0]
+  assert batch.parts['best'].tolist() == [2] and batch.step == 3
+
+
+def test_forks_share_the_numbers_of_the_steps_they_share():
+  root = Trajectory(TASK, 0, 't', 0)
+  _turns(root, [2])
+  twin = _fork(root, 0)
+  _turns(root, [1, 1], first=1)
+  _turns(twin, [1], first=1)
+  child = _fork(twin, 0)
+  _turns(twin, [1], first=2)
+  _turns(child, [1], first=2)
+  other = Trajectory(TASK, 1, 't', 0)
+  _turns(other, [1])
+  got = packing.sequences_of([root, twin, child, other], ['node', 'node_parent'])
+  node = [[int(s.parts['node'][np.nonzero(s.turns == k)[0][0]]) for k in np.unique(s.turns)] for s in got]
+  before = [[int(s.parts['node_parent'][np.nonzero(s.turns == k)[0][0]]) for k in np.unique(s.turns)] for s in got]
+  assert node[0][0] == node[1][0] == node[2][0]  # the first turn is one step
+  assert node[1][1] == node[2][1]  # as is the twin's second, which its child shares
+  assert len({*node[0], *node[1], *node[2], *node[3]}) == 3 + 2 + 1 + 1
+  for steps, parents in zip(node, before):
+    assert parents == [-1, *steps[:-1]]
+
+
+def test_what_a_fork_does_not_train_is_left_out_of_the_loss():
+  t = Trajectory(TASK, 0, 't', 0)
+  _turns(t, [2, 2])
+  t.loss_from = t.turns[1].start
+  (got,) = packing.sequences_of([t])
+  assert got.loss_mask.tolist() == [False] * 4 + [True] * 2

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from agentrl.rewards import base as rewards
 from agentrl.rollout import store
 from agentrl.training import build
 from agentrl.training.rl import ReinforcementStage
@@ -20,6 +21,18 @@ ALGORITHMS = {
     'ppo': {'rl.algorithm': 'ppo', 'rl.reference': 'true', 'rl.options.kl_coef': '0.1',
             'rl.options.entropy_coef': '0.01', 'rl.minibatches': '2'},
 }
+
+
+class _Broken:
+  """A reward function that has gone wrong."""
+
+  names = ('accuracy', 'success')
+
+  def __call__(self, task, trajectory):
+    return {'accuracy': float('nan'), 'success': 0.0}
+
+
+NOT_A_NUMBER = rewards.Reward([_Broken()], {'accuracy': 1.0})
 
 
 class Run:
@@ -128,7 +141,7 @@ def test_a_batch_without_signal_is_skipped_and_counted(tiny_config, tiny_workdir
 
 
 def test_groups_without_signal_are_left_out_if_asked(tiny_config, tiny_workdir, quick_compile):
-  run = Run(tiny_config({'rl.drop_without_signal': 'true'}), tiny_workdir, 'rl')
+  run = Run(tiny_config({'rl.select': "[{'name': 'drop_zero_std'}]"}), tiny_workdir, 'rl')
   metrics = run.step()
   (batch,), trajectories = run.batches, _trajectories(run.folder, 0)
   rewards = np.reshape([t.rewards['total'] for t in trajectories], (4, 4))
@@ -141,15 +154,58 @@ def test_groups_without_signal_are_left_out_if_asked(tiny_config, tiny_workdir, 
   run.parts.close()
 
 
+def test_more_prompts_are_rolled_out_until_enough_groups_are_left(tiny_config, tiny_workdir, quick_compile):
+  run = Run(tiny_config({'rl.select': "[{'name': 'drop_zero_std'}]", 'rl.max_generation_batches': '5',
+                         'rl.epochs': '2'}), tiny_workdir, 'rl')
+  metrics = run.step()
+  trajectories = _trajectories(run.folder, 0)
+  rewards = np.reshape([t.rewards['total'] for t in trajectories], (-1, 4))
+  assert 1 < metrics['generation_batches'] <= 5
+  # All of a batch's groups were asked for in the end, and none of them is without signal.
+  assert len({t.group_id for t in trajectories}) == 4 and (np.ptp(rewards, axis=1) > 0).all()
+  first, second = run.batches
+  assert (first.weights == 1).all() and metrics['trained_tokens'] == 2 * (first.segment_ids > 0).sum()
+  # The second pass is over the same batch, and no longer on-policy.
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+  run.parts.close()
+
+
+def test_an_objective_that_reads_a_part_nobody_gives_is_refused(tiny_config, tiny_workdir):
+  config = tiny_config({'rl.algorithm': 'compose', 'stages': 'rl'})
+  with config.unlocked():
+    config.rl.options = {'channels': {'policy': {'advantage': {'name': 'z', 'part': 'econommy'}}}}
+  parts = build.build(config, tiny_workdir)
+  with pytest.raises(ValueError, match="reads the reward part 'econommy' and cannot go with .*failed_calls"):
+    ReinforcementStage(parts, 'rl')
+  parts.close()
+
+
+@pytest.mark.parametrize('overrides, message', [
+    ({'rl.select': "[{'name': 'drop_zero_st'}]"}, "did you mean 'drop_zero_std'"),
+    ({'rl.select': "[{'name': 'drop_zero_std', 'fraction': 0.5}]"}, "does not take 'fraction'; known: part"),
+    ({'rl.memory.name': 'nothing'}, "unknown memory 'nothing'"),
+    ({'agent.name': 'reakt'}, "did you mean 'react'"),
+    ({'agent.options.depth': '3'}, 'agent.options.*depth'),
+    ({'reward.shapings': "[{'name': 'gatte'}]"}, "unknown reward shaping 'gatte'"),
+])
+def test_choices_that_do_not_exist_are_refused_by_name(overrides, message, tiny_config, tiny_workdir):
+  with pytest.raises((ValueError, LookupError), match=message):
+    parts = build.build(tiny_config({'stages': 'rl', **overrides}), tiny_workdir)
+    try:
+      ReinforcementStage(parts, 'rl')
+    finally:
+      parts.close()
+
+
 def test_an_update_that_is_not_finite_leaves_its_batch_behind(tiny_config, tiny_workdir,
                                                               quick_compile):
   run = Run(tiny_config(), tiny_workdir, 'rl')
-  run.parts.reward = lambda task, trajectory: {'total': float('nan'), 'success': 0.0}
+  run.parts.reward = NOT_A_NUMBER
   before = jax.device_get(run.state)
   metrics = run.step()
   assert metrics['applied'] == 0.0 and run.host.rejected_in_a_row == 1
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.state), before)
   with np.load(run.folder / 'rejected' / 'step_00000000_0.npz') as saved:
     np.testing.assert_array_equal(saved['tokens'], run.batches[0].tokens)
-    assert set(saved) == set(run.batches[0]._fields)
+    assert set(saved) == set(run.batches[0]._fields) - {'parts', 'token_parts'}
   run.parts.close()
