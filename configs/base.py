@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
   """Returns the defaults."""
   c = ConfigDict()
   c.seed = 0
-  # What to run, in order: 'sft', 'rl', 'eval:NAME', 'eval_without_tools:NAME'. NAME is the entry of summary.json.
+  # What to run, in order: 'sft', 'rl', 'own_traces', 'preference', 'eval:NAME', 'eval_without_tools:NAME'. NAME is the entry of summary.json.
   c.stages = ('sft', 'eval:cold_start', 'rl', 'eval:final', 'eval_without_tools:final')
 
   c.data = ConfigDict()
@@ -24,8 +24,10 @@ def get_config() -> ConfigDict:
   c.tokenizer.path = ''  # a saved tokenizer; '' trains one from the task text
   c.tokenizer.vocab_size = 1_536
   c.tokenizer.digit_group = 2  # digits of a number that share a piece
+  c.tokenizer.isolated = ()  # further strings that are always a piece of their own
 
   c.model = ConfigDict()  # see agentrl.models.config.ModelConfig
+  c.model.checkpoint = ''  # folder of a published checkpoint; it decides all but the settings from param_dtype on
   c.model.num_layers = 4
   c.model.width = 160
   c.model.ff_width = 480
@@ -45,6 +47,9 @@ def get_config() -> ConfigDict:
   c.model.unroll_layers = True
   c.model.remat = False
   c.model.logit_chunk = 0
+  c.model.lora_targets = ()  # linears with an adapter, such as ('*_proj',); only adapters are trained then
+  c.model.lora_rank = 8
+  c.model.lora_alpha = 16.0
 
   c.mesh = ConfigDict()  # devices along each axis of the learner's mesh; -1 takes all that remain
   c.mesh.data = -1
@@ -53,7 +58,8 @@ def get_config() -> ConfigDict:
 
   c.tools = ConfigDict()
   c.tools.names = ('python', 'calculator')  # modules of agentrl/tools
-  c.tools.call_format = 'xml'  # 'xml', 'hermes' or 'fenced'
+  c.tools.options = ConfigDict()  # arguments of the tools, by name
+  c.tools.call_format = 'xml'  # 'xml', 'hermes', 'fenced', ...; 'family' for that of model.checkpoint
   c.tools.timeout = 5.0  # seconds a call
   c.tools.output = 256  # characters of a result that the policy is shown
 
@@ -62,7 +68,9 @@ def get_config() -> ConfigDict:
   c.environment.max_turns = 4
 
   c.reward = ConfigDict()
-  c.reward.weights = ConfigDict()  # by part, see agentrl.rewards; empty is 1 for accuracy
+  c.reward.name = 'reasoning_gym'  # a module of agentrl/rewards
+  c.reward.weights = ConfigDict()  # by part; empty is 1 for accuracy
+  c.reward.shapings = ()  # {'name': module of agentrl/rewards/shaping, **options} each, in order
 
   c.rollout = ConfigDict()
   c.rollout.slots = 64
@@ -79,6 +87,8 @@ def get_config() -> ConfigDict:
   c.train.micro_rows = 32  # rows in one forward and backward pass
 
   c.sft = ConfigDict()
+  c.sft.demonstrator = 'reasoning_gym'  # who scripts the cold start, see agentrl/synthesis
+  c.sft.options = ConfigDict()  # its further arguments
   c.sft.traces = 20_000
   c.sft.share_right = 0.5  # share of demonstrations scripted to end in a right answer
   c.sft.steps = 20
@@ -91,15 +101,39 @@ def get_config() -> ConfigDict:
   c.sft.weight_decay = 0.0
   c.sft.max_grad_norm = 1.0
 
+  c.own_traces = ConfigDict()  # the stage 'own_traces': imitation of the right trajectories of the 'rl' stages before it
+  c.own_traces.part = 'accuracy'  # reward part that is 1 for a right one
+  c.own_traces.most = 2_000  # trajectories; the latest
+  c.own_traces.steps = 2
+  c.own_traces.updates_per_step = 25
+  c.own_traces.batch_rows = 32
+  c.own_traces.optimizer = 'adamw'
+  c.own_traces.learning_rate = 1e-3
+  c.own_traces.schedule = 'cosine'
+  c.own_traces.warmup = 5  # updates
+  c.own_traces.weight_decay = 0.0
+  c.own_traces.max_grad_norm = 1.0
+
+  c.agent = ConfigDict()
+  c.agent.name = 'react'  # a module of agentrl/agents; evaluation takes the plain one, unless eval.agent
+  c.agent.options = ConfigDict()  # its arguments
+
   c.rl = ConfigDict()
-  c.rl.algorithm = 'grpo'  # a module of agentrl/algorithms
+  c.rl.algorithm = 'grpo'  # a module of agentrl/algorithms; 'compose' spells all choices out
   c.rl.options = ConfigDict()  # its arguments
+  c.rl.select = ()  # {'name': selector, **options} each, in order; see agentrl/algorithms/selectors.py
+  c.rl.max_generation_batches = 1  # batches of prompts rolled out at most until enough groups are selected
+  c.rl.enough = 1.0  # share of rollouts under way after which the slowest are cut and left out; 1 waits for all
+  c.rl.memory = ConfigDict()  # 'name', a module of agentrl/experience, and its arguments; empty for none
+  c.rl.side = ConfigDict()  # by any name: 'name', a module of agentrl/training/side, and its arguments; empty for none
   c.rl.reference = False  # keep the policy as it is when the stage begins, for KL terms
+  c.rl.tasks = 0  # ask only the first tasks of the data, so that each comes up often; 0 for all
   c.rl.steps = 100
   c.rl.prompts = 64
   c.rl.group_size = 8
-  c.rl.minibatches = 1  # updates a step, on disjoint groups
-  c.rl.drop_without_signal = False  # leave groups whose rewards are all equal out of the loss
+  c.rl.minibatches = 1  # updates on disjoint groups that one pass over a step's trajectories makes
+  c.rl.epochs = 1  # passes
+  c.rl.recompute_behaviour = False  # take the learner's log-probs for those of sampling, where contexts were edited
   c.rl.optimizer = 'adamw'
   c.rl.learning_rate = 1e-3
   c.rl.schedule = 'constant'
@@ -109,9 +143,50 @@ def get_config() -> ConfigDict:
   c.rl.trajectories_every = 10  # steps between trajectory files
   c.rl.log_prob_tolerance = 1e-4  # nats between sampler and learner above which an error is logged
 
+  c.preference = ConfigDict()  # the stage 'preference': roll out, find pairs, learn from them
+  c.preference.loss = 'dpo'  # of agentrl/algorithms/preference.py
+  c.preference.options = ConfigDict()  # its arguments
+  c.preference.miners = ConfigDict()  # by any name: 'name', a module of agentrl/synthesis that finds pairs, and its arguments
+  c.preference.heads = ConfigDict()  # weights by the miners' names: an output layer for each, mixed so; empty for one
+  c.preference.reference = 'stage'  # the policy when the 'stage' or the 'round' begins
+  c.preference.steps = 10  # rounds
+  c.preference.prompts = 64
+  c.preference.group_size = 8
+  c.preference.pairs = 64  # of an update
+  c.preference.max_updates = 8  # of a pass over a round's pairs; what is beyond is left out
+  c.preference.epochs = 1  # passes
+  c.preference.optimizer = 'adamw'
+  c.preference.learning_rate = 3e-4
+  c.preference.schedule = 'constant'
+  c.preference.warmup = 5
+  c.preference.weight_decay = 0.0
+  c.preference.max_grad_norm = 1.0
+  c.preference.trajectories_every = 10  # rounds between trajectory files
+
+  c.offline_q = ConfigDict()  # the stage 'offline_q': critics learned from a log, imitation of the best action of many
+  c.offline_q.prompts = 64  # of the log
+  c.offline_q.group_size = 2
+  c.offline_q.turns = 256  # of the log that are learned from
+  c.offline_q.actions = 16  # offered at each, the logged one included
+  c.offline_q.batch = 64  # turns of an update
+  c.offline_q.critic_steps = 20  # passes over the log
+  c.offline_q.actor_steps = 20  # updates
+  c.offline_q.gamma = 0.95
+  c.offline_q.target_rate = 0.1
+  c.offline_q.threshold = 0.05  # least advantage of an action that is imitated
+  c.offline_q.hidden = 64
+  c.offline_q.critic_learning_rate = 1e-3
+  c.offline_q.critic_max_grad_norm = 1.0
+  c.offline_q.optimizer = 'adamw'
+  c.offline_q.learning_rate = 1e-3
+  c.offline_q.schedule = 'constant'
+  c.offline_q.warmup = 0
+  c.offline_q.max_grad_norm = 1.0
+
   c.eval = ConfigDict()
   c.eval.tasks = 512
   c.eval.samples = 1
+  c.eval.agent = False  # play as `agent` says, with what it has learned, instead of plainly
   c.eval.temperature = 1.0
   c.eval.top_k = 0
   c.eval.top_p = 1.0
@@ -119,5 +194,6 @@ def get_config() -> ConfigDict:
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 1  # steps
   c.checkpoint.keep = 2
+  c.checkpoint.init_from = ''  # workdir of a run whose policy and tokenizer a new run starts from; '' for none
   c.report = True  # write report.html when a stage ends
   return c

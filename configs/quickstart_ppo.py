@@ -17,5 +17,5 @@ def get_config() -> ConfigDict:
   c.rl.options = ConfigDict({'gamma': 1.0, 'lam': 0.95, 'value_coef': 0.5})
   c.rl.prompts = 512
   c.rl.group_size = 1
-  c.rl.drop_without_signal = False
+  c.rl.select = ()
   return c

@@ -1,4 +1,4 @@
-"""Every config in configs/ loads, agrees with base.py and runs at toy size."""
+"""Every config in configs/ loads, agrees with base.py and runs at toy size; those of configs/methods: methods_test.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agentrl.metrics import writers
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _BASE = _ROOT / 'configs' / 'base.py'
-_CONFIGS = sorted(p for p in (_ROOT / 'configs').rglob('*.py') if p.name != '__init__.py')
+_CONFIGS = sorted(p for p in (_ROOT / 'configs').glob('*.py') if p.name != '__init__.py')
 _TOY = {
     'data.train_per_family': 12,
     'data.test_per_family': 1,
@@ -30,6 +30,7 @@ _TOY = {
     'rollout.turn_tokens': 8,
     'rollout.trajectory_tokens': 16,
     'rollout.context_tokens': 128,
+    'rollout.capacities': '()',
     'train.row_length': 192,
     'train.micro_rows': 8,
     'sft.traces': 100,
@@ -71,7 +72,7 @@ def test_ppo_with_a_reference_runs_from_the_command_line(tmp_path, quick_compile
   lines, _ = _run('configs/quickstart.py', tmp_path / 'run', '--config.stages=rl',
                   '--config.rl.algorithm=ppo', '--config.rl.reference=true',
                   '--config.rl.options.kl_coef=0.1', '--config.rl.options.lam=0.95',
-                  '--config.rl.drop_without_signal=false')
+                  '--config.rl.select=()')
   assert len(lines) == 2
   for line in lines:
     assert {'kl', 'loss/kl', 'loss/value', 'value/explained_variance'} <= set(line)

@@ -102,7 +102,7 @@ def play(tiny, seeds, sampler, forks=None):
   books = [Books() for _ in seeds]
   jobs = [Job(tiny.task(s), 0, f'g{s}', random_program(s, b, forks)) for s, b in zip(seeds, books)]
   with tiny.engine(sampler=sampler) as engine:
-    trajectories = engine.collect(jobs)
+    trajectories = [t for t in engine.collect(jobs) if not t.path]
     return list(zip(trajectories, books)) + (forks or []), engine.stats
 
 
