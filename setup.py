@@ -21,14 +21,18 @@ _CORE = [
     'pydantic-monty>=1.4',
     'reasoning-gym>=0.1.25',
     'rich>=13.0',
+    'scipy>=1.13',
     'sentencepiece>=0.2.1',
     'tensorflow-datasets>=4.9.9',
 ]
 
 _EXTRAS = {
-    'test': ['hypothesis>=6.100', 'pytest>=8.0'],
+    # torch, transformers and peft are what checkpoints are compared with; nothing but tests imports them. launch/install.sh
+    # takes torch's build without CUDA.
+    'test': ['hypothesis>=6.100', 'jinja2>=3.1.6', 'peft>=0.15', 'pytest>=8.0', 'pytest-xdist>=3.6', 'safetensors>=0.5',
+             'tokenizers>=0.21', 'torch==2.13.0', 'transformers>=5.0'],
     'viz': ['matplotlib>=3.9', 'tensorboardX>=2.6'],
-    'hf': ['safetensors>=0.5', 'tokenizers>=0.21', 'transformers>=4.50'],
+    'hf': ['jinja2>=3.1.6', 'safetensors>=0.5', 'tokenizers>=0.21'],
     'mcp': ['mcp>=1.10'],
     'ray': ['ray>=2.40'],
     'tpu': ['jax[tpu]>=0.10.2'],

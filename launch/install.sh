@@ -37,6 +37,11 @@ checksum() {
   { cat setup.py launch/install.sh; pwd; .venv/bin/python -VV; } | cksum
 }
 
+# Prints the version of torch that setup.py asks for, so that it is written once.
+torch_pin() {
+  sed -n "s/.*'\(torch==[^']*\)'.*/\1/p" setup.py
+}
+
 ensure_installed() {
   local stamp=.venv/agentrl-install python
   # Two terminals would install into one another's half-made .venv. This file itself is the lock, so
@@ -55,6 +60,10 @@ ensure_installed() {
         || die "$python cannot make a virtual environment; its venv module may be missing"
     fi
     echo "installing agentrl[test,viz] into .venv (a few minutes the first time)" >&2
+    # First, and from an index of its own: PyPI's build for Linux brings CUDA's libraries along.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$(torch_pin)" \
+      --extra-index-url https://download.pytorch.org/whl/cpu \
+      || die "pip install failed; the messages above say why. Run the same command to try again."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,viz]' \
       || die "pip install failed; the messages above say why. Run the same command to try again."
     checksum >"$stamp"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests: all of them, or what pytest arguments choose, such as tests/core -k config.
+# Runs the tests: all of them, in TEST_PROCESSES processes (2), or what pytest arguments choose, such
+# as tests/core -k config.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
@@ -10,4 +11,4 @@ for argument in "$@"; do
     exec python -m pytest -q "$@"
   fi
 done
-exec python -m pytest -q tests "$@"
+exec python -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile tests "$@"

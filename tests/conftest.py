@@ -62,7 +62,11 @@ def tiny_workdir(tiny_folder, tmp_path):
 
 @pytest.fixture(scope='session')
 def _compiled_folder(tmp_path_factory):
-  return str(tmp_path_factory.mktemp('compiled'))
+  folder = tmp_path_factory.getbasetemp()
+  # The processes of one run share it; each has a folder of its own below that of the run.
+  folder = (folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder) / 'compiled'
+  folder.mkdir(exist_ok=True)
+  return str(folder)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ _LEVELS = {
     'main': 9,
 }
 _HOST_ONLY = ('tools', 'rewards', 'experience', 'envs', 'core/types', 'core/config',
-              'core/command_line', 'tokens/formats')
+              'core/command_line', 'tokens/formats', 'tokens/call_formats')
 _JAX = {'jax', 'jaxlib', 'flax', 'optax', 'chex', 'orbax'}
 # These read only what a run left on disk: of agentrl they may import the two lowest levels and the
 # modules that define what the files look like.

@@ -70,7 +70,7 @@ def test_an_unknown_key_is_refused_by_the_nearest_one(tmp_path):
 def test_a_refusal_at_the_start_is_one_line(tmp_path):
   line = refusal(run_process('--config=tests/training/tiny.py', f'--workdir={tmp_path / "run"}',
                              '--config.rl.algorithm=grop'))
-  assert "unknown objective 'grop'; did you mean 'grpo'? Known: grpo, ppo" in line
+  assert "unknown objective 'grop'; did you mean 'grpo'? Known: compose, grpo, ppo" in line
 
 
 # ---- in this process, which is quicker ----------------------------------------------------------
@@ -100,7 +100,7 @@ def test_values_of_the_wrong_type_are_refused(tiny_config, key, text, words):
     ({'rl.options.kl_coef': '0.1'}, 'cannot go with a run that keeps no reference policy'),
     ({'rl.group_size': '1'}, 'a group size of 1: every advantage would be 0; take a group size of'),
     ({'tools.names': 'pithon'}, "unknown tool 'pithon'; did you mean 'python'?"),
-    ({'tools.call_format': 'jason'}, "unknown call format 'jason'. Known: fenced, hermes, xml"),
+    ({'tools.call_format': 'jason'}, "unknown call format 'jason'. Known: fenced, harmony, hermes"),
     ({'data.source': 'reasoning_gim'}, "unknown task source 'reasoning_gim'; did you mean"),
     ({'data.options.famlies': '3'}, "data.options: got an unexpected keyword argument 'famlies'"),
     ({'environment.name': 'tolls'}, "unknown environment 'tolls'; did you mean 'tools'?"),

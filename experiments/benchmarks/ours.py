@@ -37,6 +37,8 @@ from agentrl.training.packing import Outcome, pack, sequences_of
 from agentrl.training.state import LearnerState
 from agentrl.training.step import make_update
 
+# Rows of an update's forward and backward pass: what is kept for the backward pass stays near the core.
+MICRO_ROWS = 4
 CONTEXT = W.prompt_length + W.turns * W.new_tokens + (W.turns - 1) * W.observation_length
 
 
@@ -130,7 +132,7 @@ class Learner:
     optimizer = make_optimizer('adamw', 1e-5)
     params = init_params(model(), jax.random.key(0))
     self.state = LearnerState(params, optimizer.init(params), np.int32(0))
-    self._update = make_update(model(), optimizer, grpo(), micro_batches=1)
+    self._update = make_update(model(), optimizer, grpo(), micro_batches=W.batch // MICRO_ROWS)
     self._length = length
 
   def step(self, sequences):
@@ -139,7 +141,8 @@ class Learner:
     outcome = Outcome(np.repeat(np.arange(W.prompts, dtype=np.int32), W.group),
                       random.standard_normal(W.batch).astype(np.float32), np.ones(W.batch, np.float32),
                       np.ones(W.batch, bool))
-    batch, used = pack(sequences, outcome, rows=W.batch, row_length=self._length)
+    batch, used = pack(sequences, outcome, rows=W.batch, row_length=self._length,
+                       micro_batches=W.batch // MICRO_ROWS)
     self.state, metrics = self._update(self.state, batch, np.int32(used))
     jax.block_until_ready((self.state.params, metrics))
 
