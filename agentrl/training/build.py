@@ -145,8 +145,7 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Parts:
     tokenizer = _tokenizer(config, workdir, functools.partial(
         _demonstrations, config, workdir, sources['train'], executor, call_format), call_format, named_tools)
     template = chat.ChatTemplate(tokenizer, call_format.stops)
-    settings = {name: value for name, value in config.model.items() if name != 'checkpoint'}
-    model = ModelConfig(vocab_size=tokenizer.vocab_size, value_head=needs_value_head(config), **settings)
+    model = new_model_config(config, tokenizer.vocab_size)
   _check_prompts(config, sources, template, system_prompt)
   logging.info('Policy of %d parameters on %d device(s), vocabulary %d', num_params(model), mesh.size,
                tokenizer.vocab_size)
@@ -173,6 +172,12 @@ def make_objective(config: ConfigDict) -> Any:
     raise ValueError("rl.select 'drop_zero_std' compares the rewards of a group's samples and cannot go with objective "
                      f"{objective.name!r}, which learns from single ones; leave it out, or take an advantage such as 'z'")
   return objective
+
+
+def new_model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
+  """Returns the shape of a policy that starts from random parameters."""
+  settings = {name: value for name, value in config.model.items() if name != 'checkpoint'}
+  return ModelConfig(vocab_size=vocab_size, value_head=needs_value_head(config), **settings)
 
 
 def needs_value_head(config: ConfigDict) -> bool:

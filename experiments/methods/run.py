@@ -43,10 +43,13 @@ from agentrl.training import loop  # noqa: E402
 
 _CONFIGS = _ROOT / 'configs' / 'methods'
 COLD_START = 'cold_start'
-# What a task is like and what it can be solved with: a method and what it is compared with share it.
-WORLD = ('data', 'tools', 'environment')
-_OF_COLD_START = (*WORLD, 'seed', 'tokenizer', 'model', 'reward', 'rollout', 'train', 'sft', 'eval', 'checkpoint',
-                  'report')
+KEYS = 'keys.txt'
+# What a task is like, what it can be solved with and what was shown before: a method and what it is
+# compared with share it.
+WORLD = ('data', 'tools', 'environment', 'sft')
+_OF_COLD_START = (*WORLD, 'seed', 'tokenizer', 'model', 'reward', 'rollout', 'train', 'eval', 'checkpoint', 'report')
+# Of the demonstrations of a method that has its own: steps, on top of the shared cold start's.
+_OWN_SFT_STEPS = 6
 # Of the curve: what training is judged by besides where it ends.
 CURVE = ('success', 'reward', 'calls_per_task', 'failed_call_rate', 'response_tokens', 'entropy',
          'grad_norm', 'log_prob_gap_max', 'signal_groups')
@@ -117,6 +120,8 @@ def plan(methods: Sequence[str], seeds: Sequence[int]) -> list[Run]:
 def run_config(run: Run, cold_start: pathlib.Path, tasks: int) -> ConfigDict:
   """Returns the config of a run: the method's, from the cold start's policy on.
 
+  Where the method's world has demonstrations of its own, the policy first learns from some of them.
+
   Args:
     run: Which.
     cold_start: Workdir of the cold start.
@@ -130,8 +135,10 @@ def run_config(run: Run, cold_start: pathlib.Path, tasks: int) -> ConfigDict:
   config.seed = run.seed
   config.data.options.size = tasks
   config.checkpoint.init_from = str(cold_start)
+  shown = [] if config.sft.to_dict() == config_of(COLD_START).sft.to_dict() else ['sft']
+  config.sft.steps = _OWN_SFT_STEPS if shown else config.sft.steps
   training = [s for s in config.stages if s.partition(':')[0] not in ('sft', 'eval')]
-  config.stages = tuple(([] if run.method == COLD_START else training) + ['eval:final'])
+  config.stages = tuple(shown + ([] if run.method == COLD_START else training) + ['eval:final'])
   return config
 
 
@@ -164,10 +171,41 @@ def is_cold_start(workdir: pathlib.Path, config: ConfigDict) -> bool:
           and (workdir / 'config.json').read_text().strip() == config_lib.to_json(config).strip())
 
 
-def fingerprint(config: ConfigDict, cold_start: pathlib.Path) -> str:
-  """Returns a hash of what decides a run's outcome: its config and the policy it starts from."""
-  text = config_lib.to_json(config) + (cold_start / 'config.json').read_text()
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
+def fingerprint(config: ConfigDict, cold_start: pathlib.Path, keys: frozenset[str]) -> str:
+  """Returns a hash of what decides a run's outcome: its config and the policy it starts from.
+
+  Args:
+    config: Of the run.
+    cold_start: Workdir of the cold start.
+    keys: Those that count whatever their value. One that was added to base.py later counts where it
+      is not at its default: until then it changes nothing.
+  """
+  base = _flat(config_lib.load(_ROOT / 'configs' / 'base.py').to_dict())
+  texts = []
+  for settings in (config.to_dict(), json.loads((cold_start / 'config.json').read_text())):
+    texts.append({k: v for k, v in _flat(settings).items()
+                  if k != 'checkpoint.init_from' and (k in keys or k not in base or v != base[k])})
+  return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def known_keys(out: pathlib.Path) -> frozenset[str]:
+  """Returns the keys of base.py when the first result of a folder was made."""
+  path = out / KEYS
+  if not path.exists():
+    base = _flat(config_lib.load(_ROOT / 'configs' / 'base.py').to_dict())
+    path.write_text('\n'.join(sorted(base)) + '\n')
+  return frozenset(path.read_text().split())
+
+
+def _flat(settings: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Returns nested settings as 'section.key' -> value, as JSON has them."""
+  flat = {}
+  for key, value in settings.items():
+    if isinstance(value, dict) and value:
+      flat |= _flat(value, f'{prefix}{key}.')
+    else:
+      flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+  return flat
 
 
 def results_of(run: Run, workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
@@ -180,7 +218,7 @@ def results_of(run: Run, workdir: pathlib.Path, config: ConfigDict) -> dict[str,
            for name in trajectories[0].rewards if name != 'total'}
   final = {**parts, **{k: v for k, v in summary['final'].items() if isinstance(v, float)}}
   seconds = summary['seconds']
-  trained = [k for k in seconds if k in {s.partition(':')[0] for s in config.stages} and k != 'eval']
+  trained = [k for k in seconds if k in {s.partition(':')[0] for s in config.stages} - {'sft', 'eval'}]
   final['seconds'] = sum(seconds[k] for k in trained)
   curve = [{k: line[k] for k in (*CURVE, 'seconds') if k in line} for line in lines]
   phases = {k.removeprefix('seconds/'): sum(line.get(k, 0.0) for line in lines)
@@ -256,10 +294,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   failed, made, left = [], 0, []
   try:
     make_cold_start(cold_start, console)
-    marks = {}
+    keys, marks = known_keys(options.out), {}
     for run in plan(options.methods, options.seeds):
       config = run_config(run, cold_start, options.tasks)
-      marks[run] = config, fingerprint(config, cold_start)
+      marks[run] = config, fingerprint(config, cold_start, keys)
       if not is_done(options.out, run, marks[run][1]):
         left.append(run)
     console.print(f'{len(left)} of {len(marks)} runs to do')

@@ -70,14 +70,48 @@ def test_a_baseline_in_another_world_takes_its_tools_and_nothing_else(run, tmp_p
   assert run.world_of(config) != run.world_of(run.run_config(run.Run('grpo', 'grpo', 0), tmp_path, 64))
 
 
+def test_a_method_with_demonstrations_of_its_own_is_shown_some(run, tmp_path):
+  config = run.run_config(run.Run('memento', 'memento', 0), tmp_path, 64)
+  assert config.stages == ('sft', 'rl', 'eval:final') and config.sft.demonstrator == 'with_hints'
+  assert 0 < config.sft.steps < run.config_of('cold_start').sft.steps
+  compared = run.run_config(run.Run('cold_start', 'memento', 0), tmp_path, 64)
+  assert compared.stages == ('sft', 'eval:final')
+  assert run.world_of(compared) == run.world_of(config)
+  assert run.Run('cold_start', 'memento', 0) in run.plan(['memento'], [0])
+
+
 def test_a_result_counts_only_for_the_config_that_made_it(run, tmp_path):
   one = run.Run('grpo', 'grpo', 0)
   assert not run.is_done(tmp_path, one, 'x')
   (tmp_path / f'{one.name}.json').write_text(json.dumps({'fingerprint': 'x'}))
   assert run.is_done(tmp_path, one, 'x') and not run.is_done(tmp_path, one, 'y')
   (tmp_path / 'config.json').write_text('{}')
-  mark = lambda seed: run.fingerprint(run.run_config(run.Run('grpo', 'grpo', seed), tmp_path, 64), tmp_path)
+  keys = run.known_keys(tmp_path)
+  mark = lambda seed, keys=keys: run.fingerprint(
+      run.run_config(run.Run('grpo', 'grpo', seed), tmp_path, 64), tmp_path, keys)
   assert mark(0) == mark(0) != mark(1)
+  # A key that came later counts only away from its default; one at its default changed nothing.
+  before = keys - {'rl.max_generation_batches'}
+  assert mark(0, before) != mark(0)
+  assert run.known_keys(tmp_path) == keys
+
+
+def test_a_new_key_at_its_default_leaves_results_in_force(run, tmp_path):
+  (tmp_path / 'config.json').write_text('{}')
+  config = run.run_config(run.Run('grpo', 'grpo', 0), tmp_path, 64)
+  keys = run.known_keys(tmp_path) - {'rl.max_generation_batches'}
+  mark = run.fingerprint(config, tmp_path, keys)
+  less = _before_the_key(run, config)
+  assert run.fingerprint(less, tmp_path, keys) == mark
+  config.rl.max_generation_batches += 1
+  assert run.fingerprint(config, tmp_path, keys) != mark
+
+
+def _before_the_key(run, config):
+  """The config as it was before a key came."""
+  settings = config.to_dict()
+  del settings['rl']['max_generation_batches']
+  return run.ConfigDict(settings)
 
 
 def test_one_process_at_a_time_does_a_run(run, tmp_path):

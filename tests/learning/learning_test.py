@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from agentrl.core.types import Message, Task
-from agentrl.models.config import ModelConfig
 from agentrl.rollout.session import trajectory_seed
 from agentrl.sharding import mesh as meshes
 from agentrl.tokens import chat, formats, tokenizer
@@ -103,8 +102,7 @@ def make_parts(config, folder, sign=1.0):
   tokens = tokenizer.train_tokenizer(texts, markers=call_format.markers, vocab_size=320,
                                      digit_group=1)
   source = [Task(f'box{i}', 'tools', (Message('user', 'Box?'),), None) for i in range(200)]
-  model = ModelConfig(vocab_size=tokens.vocab_size, value_head=build.needs_value_head(config),
-                      **config.model)
+  model = build.new_model_config(config, tokens.vocab_size)
   mesh = meshes.make_mesh({}, jax.devices()[:1])
   return Boxes(config, folder, model, mesh, tokens,
                chat.ChatTemplate(tokens, call_format.stops), boxes, call_format,
