@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import time
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Sequence
 
 from absl import logging
 import jax
 import numpy as np
 
-from agentrl.agents import base as agents
 from agentrl.algorithms.objective import Objective
-from agentrl.algorithms.selectors import COMPARES_GROUPS, SELECTORS, Candidates, Selection
-from agentrl.core import registry
-from agentrl.core.types import Iteration, Status, Task, TrainBatch, Trajectory
-from agentrl.data.iterator import TaskIterator
-from agentrl.experience import base as memories
+from agentrl.algorithms.selectors import Selection
+from agentrl.core.types import TrainBatch, Trajectory
 from agentrl.experience.base import REPLAYED
-from agentrl.rollout.engine import EngineStats, Job
 from agentrl.rollout.store import TrajectoryStore
 from agentrl.rollout.summary import summarize
-from agentrl.sampling.draw import SamplingParams
 from agentrl.training import rejected
 from agentrl.training.build import Parts, make_objective
+from agentrl.training.collect import Clock, Collector, group_ids
 from agentrl.training.optimizer import make_optimizer, schedule
 from agentrl.training.packing import TOKEN_PARTS, Outcome, pack, sequences_of
 from agentrl.training.side import base as sides
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
 from agentrl.training.step import make_score, make_update
-
-# Samples of tasks that a memory asks again are numbered from here on, so that no draw repeats.
-ASKED_AGAIN = 1 << 32
-# Batches of tasks drawn at most for one that a memory leaves tasks out of.
-MAX_DRAWS = 16
 
 
 @STAGES.register('rl')
@@ -47,27 +34,17 @@ class ReinforcementStage:
     self._parts, self._config = parts, c
     self.steps = c.steps
     self._objective = make_objective(parts.config)
-    self._agent = agents.make(parts.config.agent.name, parts.environment, parts.template,
-                              parts.config.agent.options.to_dict())
-    self._memory, self._memory_name = None, ''
-    if len(c.memory):
-      options = c.memory.to_dict()
-      self._memory_name = registry.pop_name('rl.memory', options)
-      self._memory = memories.make(self._memory_name, options)
-      self._check_memory()
-    self._check_agent()
-    names = parts.reward.names | {REPLAYED, *self._agent.names, *(self._memory.names if self._memory else ())}
+    self._collector = Collector(parts)
+    names = self._collector.names
     self._sides = {label: sides.make(label, options.to_dict()) for label, options in c.side.items()}
     self._part_names, self._token_part_names = _named_parts(
         self._objective, list(self._sides.values()), names, parts.reward.turn_names)
-    self._selectors = [_selector(choice, c.group_size, names) for choice in c.select]
-    self._candidate_parts = sorted(names)
     rate = schedule(c.schedule, c.learning_rate, c.steps * c.minibatches * c.epochs, c.warmup)
     self._optimizer = make_optimizer(c.optimizer, rate, weight_decay=c.weight_decay, max_grad_norm=c.max_grad_norm)
-    self._trajectories = self._most_trajectories()
+    self._trajectories = self._collector.most_trajectories()
     # The most that trajectories at their longest could need; micro-batches beyond what is there are not run.
     per_row = train.row_length // parts.config.rollout.context_tokens
-    sequences = self._trajectories * self._agent.max_segments
+    sequences = self._trajectories * self._collector.agent.max_segments
     self._micro_batches = max(1, -(-sequences // (per_row * train.micro_rows)))
     self._rows = self._micro_batches * train.micro_rows
     mesh = parts.mesh if parts.mesh.size > 1 else None
@@ -77,55 +54,19 @@ class ReinforcementStage:
     self._score = make_score(parts.model, micro_batches=self._micro_batches, temperature=temperature, mesh=mesh)
     for side in self._sides.values():
       side.bind(sides.Setting(parts.model, self._micro_batches, temperature, mesh))
-    self._engine = parts.engine(SamplingParams(temperature=temperature))
-    self._iterator = TaskIterator(_first(parts.train_source, c.tasks), c.prompts, parts.config.seed)
     piece = lambda i: parts.tokenizer.pieces([i])[0]
     self._store = TrajectoryStore(parts.workdir / 'trajectories', piece)
-    self._memory_store = TrajectoryStore(parts.workdir / 'memory')
-
-  def _check_agent(self):
-    """Refuses an agent whose trajectories this run could not learn from."""
-    if self._agent.needs_recompute and not self._config.recompute_behaviour:
-      raise ValueError(f'agent {self._parts.config.agent.name!r} edits contexts after sampling and cannot go with '
-                       "rl.recompute_behaviour=False, as nothing would know its words' log-probs; set that to True, or "
-                       "take agent 'react'")
-
-  def _check_memory(self):
-    """Refuses a memory that this run cannot feed."""
-    name, known = self._memory_name, self._parts.reward.names
-    missing = sorted(set(self._memory.needs) - known)
-    if missing:
-      raise ValueError(f'rl.memory {name!r} reads the reward part {missing[0]!r} and cannot go with a reward that does '
-                       f'not give it; parts: {", ".join(sorted(known))}; add a shaping to reward.shapings')
-    if self._config.recompute_behaviour:
-      raise ValueError(f'rl.memory {name!r} gives back what earlier policies sampled, with their log-probs, and cannot go '
-                       'with rl.recompute_behaviour, which replaces them; set that to False, or take no memory')
-    if self._config.max_generation_batches > 1 and self._memory.max_replayed(self._config.prompts):
-      raise ValueError(f'rl.memory {name!r} adds groups of its own to every batch of rollouts and cannot go with '
-                       f'rl.max_generation_batches={self._config.max_generation_batches}; set that to 1, or take a '
-                       "memory that only replaces, such as 'prompt_success'")
-
-  def _most_trajectories(self) -> int:
-    """Returns the most trajectories of an update: what its batch is laid out for."""
-    c = self._config
-    of_group = self._agent.max_trajectories(c.group_size)
-    fresh = c.prompts * of_group
-    total = fresh + (self._memory.max_replayed(fresh) if self._memory else 0)
-    most = -(-total // c.minibatches)
-    # Groups of different sizes do not divide evenly.
-    return most if total == c.prompts * c.group_size else most + (of_group if c.minibatches > 1 else 0)
 
   def begin(self, state: LearnerState, host: HostState) -> LearnerState:
     """Returns the state with a new optimiser and, if asked for, the present policy as the reference."""
-    host.cursor = self._iterator.start()
+    self._collector.begin(host)
     reference = jax.tree.map(lambda x: x.copy(), state.params) if self._config.reference else None
     side = {label: side.begin(state.params) for label, side in self._sides.items()}
     return LearnerState(state.params, self._optimizer.init(state.params), np.int32(0), reference, side)
 
   def warm_up(self, state: LearnerState):
     """Compiles the sampler's shapes, the scoring pass and the update."""
-    self._engine.sampler.set_params(state.params)
-    self._engine.sampler.warm_up()
+    self._collector.warm_up(state.params)
     batch, used = self._pack([])
     self._update = self._update.lower(state, batch, np.int32(used)).compile()
     if self._needs_scores:
@@ -140,8 +81,8 @@ class ReinforcementStage:
   def step(self, state: LearnerState, host: HostState) -> tuple[LearnerState, dict[str, Any]]:
     """Does one step; an update whose batch carries no signal is skipped and counted."""
     metrics: dict[str, Any] = {}
-    clock = _Clock(metrics)
-    trajectories, kept = self._collect(state, host, metrics, clock)
+    clock = Clock(metrics)
+    trajectories, kept = self._collector.collect(state.params, host, metrics, clock)
     metrics.update(summarize([t for t in trajectories if not (t.rewards.get(REPLAYED) or t.loss_from)]))
     metrics['signal_groups'] = _groups_with_signal(trajectories)
     batches = []
@@ -163,9 +104,7 @@ class ReinforcementStage:
     tokens = self._config.epochs * sum(int((batch.segment_ids > 0).sum()) for batch, _ in batches)
     metrics['tokens_per_second/update'] = tokens / max(1e-9, metrics['seconds/update'])
     metrics['trained_tokens'] = tokens
-    if self._memory:
-      self._memory_store.write(host.step + 1, self._memory.trajectories)
-      self._memory_store.keep_last(self._parts.config.checkpoint.keep + 1)
+    self._collector.save(host)
     if host.stage_step % self._config.trajectories_every == 0 or host.stage_step == self.steps - 1:
       self._store.write(host.step, trajectories, {'advantages': _advantages(trajectories)})
     clock.lap('store')
@@ -175,85 +114,6 @@ class ReinforcementStage:
     """Nothing: what it is worth the evaluation after it says."""
     return {}
 
-  # ---- rolling out ------------------------------------------------------------------------------
-
-  def _collect(self, state: LearnerState, host: HostState, metrics: dict[str, Any],
-               clock: _Clock) -> tuple[list[Trajectory], Selection]:
-    """Returns scored trajectories to train on, and what the selectors leave of each.
-
-    Rolls out further prompts while too few groups are left, `max_generation_batches` batches at most.
-    """
-    c, trajectories, kept = self._config, [], []
-    self._engine.sampler.set_params(state.params)
-    self._engine.stats = EngineStats()
-    for batch in range(c.max_generation_batches):
-      fresh = self._roll_out(host, batch)
-      clock.lap('rollout')
-      self._parts.reward.score(fresh, self._iteration(host, 'reward'))
-      self._agent.learn(fresh, self._iteration(host, 'agent'))
-      rng = np.random.default_rng([self._parts.config.seed, host.step, batch])
-      if self._memory:
-        fresh = self._exchange(fresh, rng, host)
-      trajectories += fresh
-      kept.append(self._select(fresh, rng))
-      clock.lap('reward')
-      selection = Selection(*map(np.concatenate, zip(*kept)))
-      chosen = dict.fromkeys(t.group_id for t, w in zip(trajectories, selection.weights) if w > 0)
-      if len(chosen) >= c.prompts:
-        break
-    metrics['generation_batches'] = batch + 1
-    if c.max_generation_batches > 1 and chosen:
-      groups = {g: i for i, g in enumerate(chosen)}
-      part = [i for i, t in enumerate(trajectories) if groups.get(t.group_id, c.prompts) < c.prompts]
-      trajectories, selection = [trajectories[i] for i in part], Selection(*(x[part] for x in selection))
-    stats = self._engine.stats
-    metrics['tokens_per_second/decode'] = stats.decoded_tokens / max(1e-9, stats.total_seconds)
-    metrics['decoded_tokens'] = stats.decoded_tokens
-    return trajectories, selection
-
-  def _roll_out(self, host: HostState, batch: int) -> list[Trajectory]:
-    iteration = self._iteration(host, 'agent')
-    jobs = [Job(task, first + k, task.id, program) for task, first in self._ask(host, batch) for k, program in enumerate(
-        self._agent.programs(task, self._config.group_size, iteration))]
-    collected = self._engine.collect(jobs, policy_version=host.stage_step, enough=self._config.enough)
-    return [t for t in collected if t.status is not Status.CUT]
-
-  def _ask(self, host: HostState, batch: int) -> list[tuple[Task, int]]:
-    """Returns the tasks of a batch, and the number of the first sample of each."""
-    c, asked = self._config, {}
-    if self._memory and host.stage_step and not self._memory.trajectories:
-      self._memory.trajectories = self._memory_store.read_step(host.step)
-    again = ASKED_AGAIN + (host.stage_step * c.max_generation_batches + batch) * c.group_size
-    for draw in range(MAX_DRAWS):
-      due, host.cursor = self._iterator.next(host.cursor)
-      first = host.cursor['epoch'] * c.group_size
-      ids, tasks = {task.id for task in due}, due
-      if self._memory:
-        rng = np.random.default_rng([self._parts.config.seed, host.step, batch, draw])
-        tasks = self._memory.ask(due, rng, self._iteration(host, 'memory'))
-      for task in tasks:
-        asked.setdefault(task.id, (task, first if task.id in ids else again))
-      if len(asked) >= c.prompts:
-        break
-    return list(asked.values())[:c.prompts]
-
-  def _exchange(self, fresh: list[Trajectory], rng: np.random.Generator, host: HostState) -> list[Trajectory]:
-    return self._memory.exchange(fresh, rng, self._iteration(host, 'memory'))
-
-  def _select(self, trajectories: list[Trajectory], rng: np.random.Generator) -> Selection:
-    n = len(trajectories)
-    parts = {name: np.array([t.rewards.get(name, 0.0) for t in trajectories], np.float32)
-             for name in self._candidate_parts}
-    candidates = Candidates(parts['total'], _group_ids(trajectories), parts, np.ones(n, np.float32), np.ones(n, bool))
-    for selector in self._selectors:
-      candidates = candidates._replace(**selector(candidates, rng)._asdict())
-    return Selection(candidates.weights, candidates.baseline_mask)
-
-  def _iteration(self, host: HostState, reader: str) -> Iteration:
-    return Iteration(host.stage_step, self.steps, host.memory.setdefault(reader, {}))
-
-  # ---- updating ---------------------------------------------------------------------------------
-
   def _pack(self, trajectories: list[Trajectory], kept: Selection | None = None,
             step: int = 0) -> tuple[TrainBatch, int]:
     """Returns trajectories as a batch of the stage's one shape."""
@@ -261,11 +121,11 @@ class ReinforcementStage:
     if given > n:
       raise RuntimeError(f'{given} trajectories came where {self._config.prompts} groups may have {n}: '
                          f'max_trajectories of agent {self._parts.config.agent.name!r} or max_replayed of memory '
-                         f'{self._memory_name!r} is too low')
+                         f'{self._collector.memory_name!r} is too low')
     fill = lambda values, dtype: np.concatenate([np.asarray(values, dtype), np.zeros(n - given, dtype)])
     kept = kept or Selection(np.ones(given, np.float32), np.ones(given, bool))
     part = lambda name: fill([t.rewards.get(name, 0.0) for t in trajectories], np.float32)
-    outcome = Outcome(fill(_group_ids(trajectories), np.int32), part('total'), fill(kept.weights, np.float32),
+    outcome = Outcome(fill(group_ids(trajectories), np.int32), part('total'), fill(kept.weights, np.float32),
                       fill(kept.baseline_mask, bool), {name: part(name) for name in self._part_names})
     sequences = [s for s in sequences_of(trajectories, self._token_part_names) if outcome.weights[s.trajectory] > 0]
     batch, used = pack(sequences, outcome, rows=self._rows, row_length=self._parts.config.train.row_length,
@@ -314,22 +174,9 @@ class ReinforcementStage:
       rejected.note(host, self._parts.workdir, batch, applied, i)
     gap = metrics.get('log_prob_gap_max', 0.0)
     # What was kept from earlier steps was sampled by an earlier policy.
-    if gap > self._config.log_prob_tolerance and not self._memory:
+    if gap > self._config.log_prob_tolerance and not self._collector.memory:
       logging.error('Step %d: log-probs of sampler and learner differ by up to %.2e nats, more than '
                     'rl.log_prob_tolerance=%.0e', host.step, gap, self._config.log_prob_tolerance)
-
-
-class _Clock:
-  """Adds the seconds since the last lap to metrics."""
-
-  def __init__(self, metrics: dict[str, Any]):
-    self._metrics, self._last = metrics, time.perf_counter()
-
-  def lap(self, phase: str):
-    now = time.perf_counter()
-    key = f'seconds/{phase}'
-    self._metrics[key] = self._metrics.get(key, 0.0) + now - self._last
-    self._last = now
 
 
 def _update_metrics(scalars: list[dict[str, Any]]) -> dict[str, Any]:
@@ -342,42 +189,6 @@ def _update_metrics(scalars: list[dict[str, Any]]) -> dict[str, Any]:
       out[name] = float(scalars[0][name])
   out['loss'] = out.pop('loss/total')
   return {**out, 'applied_each': [bool(s['applied']) for s in scalars]}
-
-
-def _first(source: Any, count: int) -> Any:
-  """Returns the first tasks of a source; all of them for 0."""
-  if not 0 <= count <= len(source):
-    raise ValueError(f'rl.tasks={count} must be between 0, which is all, and the {len(source)} tasks of the source')
-  return [source[i] for i in range(count)] if count else source
-
-
-def _selector(choice: Mapping[str, Any], group_size: int, parts: Iterable[str]) -> Callable[..., Selection]:
-  """Returns a selector with the options of a config's choice bound, tried on a step without trajectories.
-
-  Raises:
-    ValueError: if it does not take an option, refuses its value, reads a part that there is none of, or compares the
-      samples of groups of one.
-  """
-  options = dict(choice)
-  name = registry.pop_name('rl.select', options)
-  rule = SELECTORS.get(name)
-  signature = inspect.signature(rule)
-  taken = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
-  strange = sorted(set(options) - set(taken))
-  if strange:
-    raise ValueError(f'rl.select {name!r} does not take {strange[0]!r}; known: {", ".join(taken) or "no options"}')
-  if group_size < 2 and name in COMPARES_GROUPS:
-    raise ValueError(f'rl.select {name!r} compares the samples of a group and cannot go with rl.group_size={group_size}; '
-                     "take a group size of at least 2, or one that judges each sample alone, such as 'mask_flags'")
-  bound = functools.partial(rule, **options)
-  none = np.zeros(0, np.float32)
-  nobody = Candidates(none, none.astype(np.int32), {part: none for part in parts}, none, none > 0)
-  try:
-    bound(nobody, np.random.default_rng(0))
-  except KeyError as error:
-    raise ValueError(f'rl.select {name!r} reads the part {error} and cannot go with a reward that does not give it; '
-                     f'parts: {", ".join(sorted(parts))}; add a shaping to reward.shapings') from error
-  return bound
 
 
 def _named_parts(objective: Objective, sides_: Sequence[sides.SideModel], parts: set[str],
@@ -404,20 +215,14 @@ def _minibatches(trajectories: list[Trajectory], count: int) -> list[np.ndarray]
   """Returns `count` runs of whole groups, about equally long, as indices."""
   runs: list[list[int]] = [[] for _ in range(count)]
   target, at, last = -(-len(trajectories) // count), 0, None
-  order = np.argsort(_group_ids(trajectories), kind='stable')
-  groups = _group_ids(trajectories)
+  order = np.argsort(group_ids(trajectories), kind='stable')
+  groups = group_ids(trajectories)
   for i in order:
     if groups[i] != last and len(runs[at]) >= target:
       at += 1
     runs[at].append(int(i))
     last = groups[i]
   return [np.array(run, np.int64) for run in runs]
-
-
-def _group_ids(trajectories: list[Trajectory]) -> np.ndarray:
-  """Returns [N] int32: groups numbered in the order in which they first occur."""
-  numbers = {g: i for i, g in enumerate(dict.fromkeys(t.group_id for t in trajectories))}
-  return np.array([numbers[t.group_id] for t in trajectories], np.int32)
 
 
 def _without_signal(trajectories: list[Trajectory]) -> set[str]:

@@ -7,7 +7,8 @@ import pytest
 
 from agentrl.rollout import store
 from agentrl.training import build
-from agentrl.training.rl import ASKED_AGAIN, ReinforcementStage
+from agentrl.training.collect import ASKED_AGAIN
+from agentrl.training.rl import ReinforcementStage
 from agentrl.training.state import HostState, LearnerState
 
 
@@ -81,10 +82,10 @@ def test_what_a_memory_holds_is_found_again(tiny_config, tiny_workdir, quick_com
   state = stage.begin(LearnerState(parts.init_params(), {}, np.int32(0)), host)
   state, _ = stage.step(state, host)
   host.step = host.stage_step = 1
-  held = [t.task.id for t in stage._memory.trajectories]
+  held = [t.task.id for t in stage._collector.memory.trajectories]
   later = ReinforcementStage(parts, 'rl')
-  assert later._memory.trajectories == []
-  tasks = later._ask(host, 0)
-  assert [t.task.id for t in later._memory.trajectories] == held and len(held) == 4
+  assert later._collector.memory.trajectories == []
+  tasks = later._collector._ask(host, 0)
+  assert [t.task.id for t in later._collector.memory.trajectories] == held and len(held) == 4
   assert sum(first >= ASKED_AGAIN for _, first in tasks) == 2
   parts.close()
