@@ -15,7 +15,7 @@ _PLANES = {  # name: value where padded
     'log_probs': 0.0, 'entropies': 0.0, 'new_values': 0.0,
 }
 _PARTS = {'entropy': 0.0, 'node': -1, 'node_parent': -1, 'call': 0.0, 'state': -1, 'history': -1,
-          'sampler_log_prob': 0.0}
+          'sampler_log_prob': 0.0, 'lag': 0.0}
 
 
 def example_batch(seed: int = 0, *, groups: int = 3, group_size: int = 4, length: int = 48,
@@ -116,6 +116,7 @@ def _trajectory(rng, index):
       'entropy': plane(rng.uniform(0.1, 2.0, size=size)),
       'node': (4 * owner + turns).astype(np.int32),
       'node_parent': np.where(turns > 0, 4 * before + turns - 1, -1).astype(np.int32),
+      'lag': plane(turns[-1] - turns),
       'call': (turns < turns[-1]).astype(np.float32),
       'state': (turns % 2 + 10).astype(np.int32),
       'history': (turns + 20).astype(np.int32),

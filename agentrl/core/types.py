@@ -160,7 +160,7 @@ class Turn:
 class Segment:
   """An append-only run of tokens that the policy saw as one context.
 
-  `tokens`, `sampled`, `log_probs`, `entropies` and `turns` are read-only [T] arrays of one length.
+  `tokens`, `sampled`, `log_probs`, `entropies`, `turns` and `versions` are read-only [T] arrays of one length.
   """
 
   def __init__(self):
@@ -169,6 +169,7 @@ class Segment:
     self._log_probs: list[float] = []
     self._entropies: list[float] = []
     self._turns: list[int] = []
+    self._versions: list[int] = []
 
   def __len__(self) -> int:
     return len(self._tokens)
@@ -184,7 +185,7 @@ class Segment:
     self._extend(tokens, [False] * n, [float('nan')] * n, [float('nan')] * n, turn)
 
   def append_sampled(self, tokens: Sequence[int], log_probs: Sequence[float], entropies: Sequence[float],
-                     turn: int):
+                     turn: int, version: int | Sequence[int] = 0):
     """Appends tokens that the policy drew.
 
     Args:
@@ -192,6 +193,7 @@ class Segment:
       log_probs: [n] log-probabilities under the distribution drawn from, nats.
       entropies: [n] entropies of that distribution, nats.
       turn: Index of the turn they belong to.
+      version: Of the policy that drew them, or [n] one each: see `versions`.
     Raises:
       ValueError: if lengths differ, or a log-probability or entropy is not finite.
     """
@@ -201,9 +203,9 @@ class Segment:
     if not (np.all(np.isfinite(log_probs)) and np.all(np.isfinite(entropies))):
       raise ValueError(f'sampled tokens {list(tokens)} have log-probs {list(log_probs)} and entropies '
                        f'{list(entropies)}; all must be finite')
-    self._extend(tokens, [True] * len(tokens), log_probs, entropies, turn)
+    self._extend(tokens, [True] * len(tokens), log_probs, entropies, turn, version)
 
-  def append_revised(self, tokens: Sequence[int], turn: int):
+  def append_revised(self, tokens: Sequence[int], turn: int, version: int | Sequence[int] = -1):
     """Appends tokens in the policy's words that were drawn in another context: trained on, at unknown probability.
 
     Their log-probs and entropies are NaN, so that nothing can be learned from them before the learner has computed
@@ -212,9 +214,10 @@ class Segment:
     Args:
       tokens: [n] ids.
       turn: Index of the turn they belong to.
+      version: As for `append_sampled`, where it is known.
     """
     n = len(tokens)
-    self._extend(tokens, [True] * n, [float('nan')] * n, [float('nan')] * n, turn)
+    self._extend(tokens, [True] * n, [float('nan')] * n, [float('nan')] * n, turn, version)
 
   def strip(self, start: int, end: int):
     """Takes tokens start to end out: what was drawn after them was drawn in another context than it now stands in.
@@ -224,7 +227,7 @@ class Segment:
     """
     if not 0 <= start < end <= len(self) or any(self._sampled[start:end]):
       raise ValueError(f'tokens {start} to {end} of a segment of {len(self)} are not all there, or not all forced')
-    for column in (self._tokens, self._sampled, self._log_probs, self._entropies, self._turns):
+    for column in self._columns:
       del column[start:end]
     for column in (self._log_probs, self._entropies):
       column[start:] = [float('nan')] * (len(self) - start)
@@ -233,22 +236,27 @@ class Segment:
     """Drops every token from index `length` on: a rollback."""
     if not 0 <= length <= len(self):
       raise ValueError(f'cannot truncate a segment of {len(self)} tokens to {length}')
-    for column in (self._tokens, self._sampled, self._log_probs, self._entropies, self._turns):
+    for column in self._columns:
       del column[length:]
 
   def copy(self) -> Segment:
     """Returns an independent copy."""
     other = Segment()
-    other._extend(self._tokens, self._sampled, self._log_probs, self._entropies, 0)
+    other._extend(self._tokens, self._sampled, self._log_probs, self._entropies, 0, self._versions)
     other._turns = list(self._turns)
     return other
 
-  def _extend(self, tokens, sampled, log_probs, entropies, turn):
+  @property
+  def _columns(self) -> tuple[list, ...]:
+    return self._tokens, self._sampled, self._log_probs, self._entropies, self._turns, self._versions
+
+  def _extend(self, tokens, sampled, log_probs, entropies, turn, version=-1):
     self._tokens.extend(int(t) for t in tokens)
     self._sampled.extend(sampled)
     self._log_probs.extend(float(x) for x in log_probs)
     self._entropies.extend(float(x) for x in entropies)
     self._turns.extend([turn] * len(tokens))
+    self._versions.extend(np.broadcast_to(version, len(tokens)).tolist())
 
   def tail(self, start: int) -> np.ndarray:
     """Returns the tokens from index `start` on, int32; cheaper than slicing `tokens`."""
@@ -279,6 +287,11 @@ class Segment:
     """[T] int32. Index of the turn each token belongs to; an observation belongs to the turn it leads to."""
     return np.asarray(self._turns, np.int32)
 
+  @property
+  def versions(self) -> np.ndarray:
+    """[T] int32. Steps of the stage done when the token was drawn; -1 where it was not drawn here."""
+    return np.asarray(self._versions, np.int32)
+
 
 @dataclasses.dataclass
 class Trajectory:
@@ -289,7 +302,7 @@ class Trajectory:
     sample: Index of the sample within its group.
     group_id: Trajectories compared with each other share it.
     seed: Of the run; with task, sample and path it fixes every draw.
-    policy_version: Updates made before the first token was drawn.
+    policy_version: Steps of the stage done when it was asked for; see `Segment.versions` for the tokens.
     path: Branch taken at each fork, () for a root.
     parent_path: Path of the trajectory it was forked from; None for a root.
     fork_point: Tokens of the last segment shared with the parent; None for a root.

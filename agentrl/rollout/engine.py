@@ -77,6 +77,7 @@ class Engine:
     self.limits = limits
     self.seed = seed
     self.stats = EngineStats()
+    self.version = 0  # of the policy whose weights the sampler has
     self._resident = np.zeros((sampler.slots, sampler.capacities[-1]), np.int32)
     self._resident_lengths = np.zeros(sampler.slots, np.int64)
     self._owners: list[Session | None] = [None] * sampler.slots
@@ -100,7 +101,7 @@ class Engine:
 
     Args:
       jobs: What to collect.
-      policy_version: Recorded on each trajectory.
+      policy_version: Recorded on each trajectory and token.
       enough: Share of the trajectories under way after which the rest are cut, status CUT. Below 1, which they are
         depends on time.
       on_done: Called with each trajectory as it ends.
@@ -117,6 +118,7 @@ class Engine:
     started = time.perf_counter()
     self._enough, self._cutting = enough, False
     self._forget_cache()
+    self.version = policy_version
     self._wake = asyncio.Event()
     self._adopted: list[tuple[Session, asyncio.Task]] = []
     sessions = []
@@ -387,7 +389,7 @@ class Engine:
   def _record(self, session: Session, draws: Draws, now: float):
     """Appends what a session drew to its trajectory and ends its turn where it is to end."""
     request, context, before = session.request, session.context, session.cached
-    context.append_sampled(draws.tokens, draws.log_probs, draws.entropies, session.num_turns)
+    context.append_sampled(draws.tokens, draws.log_probs, draws.entropies, session.num_turns, self.version)
     session.cached += len(draws.tokens)
     request.budget -= len(draws.tokens)
     reason = 'stop' if draws.stopped else 'length' if request.budget <= 0 else None

@@ -219,7 +219,8 @@ def _encode_trajectory(trajectory: types.Trajectory) -> dict[str, Any]:
       'sampled': s.sampled,
       'log_probs': s.log_probs,
       'entropies': s.entropies,
-      'turns': s.turns
+      'turns': s.turns,
+      'versions': s.versions
   } for s in trajectory.segments]
   fields['turns'] = [dataclasses.asdict(turn) for turn in trajectory.turns]
   fields['status'] = trajectory.status.value
@@ -231,26 +232,28 @@ def _decode_trajectory(encoded: Mapping[str, Any], tasks: Sequence[types.Task]) 
   encoded = dict(encoded)
   task = tasks[encoded.pop('task')]
   fields = _decode(encoded)
-  fields['segments'] = [_decode_segment(s) for s in fields['segments']]
+  fields['segments'] = [_decode_segment(s, fields['policy_version']) for s in fields['segments']]
   fields['turns'] = [_decode_turn(t) for t in fields['turns']]
   fields['status'] = types.Status(fields['status'])
   fields['boundary'] = fields['boundary'] and types.Boundary(fields['boundary'])
   return types.Trajectory(task=task, **fields)
 
 
-def _decode_segment(columns: Mapping[str, np.ndarray]) -> types.Segment:
+def _decode_segment(columns: Mapping[str, np.ndarray], version: int) -> types.Segment:
   segment = types.Segment()
   sampled, turns = columns['sampled'], columns['turns']
   known = np.isfinite(columns['log_probs'])
+  # Files from before tokens had versions.
+  versions = columns.get('versions', np.full(len(turns), version, np.int32))
   key = lambda i: (bool(sampled[i]), bool(known[i]), int(turns[i]))
   for (is_sampled, is_known, turn), run in itertools.groupby(range(len(sampled)), key):
     run = list(run)
     rows = slice(run[0], run[-1] + 1)
     if is_sampled and not is_known:
-      segment.append_revised(columns['tokens'][rows], turn)
+      segment.append_revised(columns['tokens'][rows], turn, versions[rows])
     elif is_sampled:
       segment.append_sampled(columns['tokens'][rows], columns['log_probs'][rows],
-                             columns['entropies'][rows], turn)
+                             columns['entropies'][rows], turn, versions[rows])
     else:
       segment.append_forced(columns['tokens'][rows], turn)
   return segment

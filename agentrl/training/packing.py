@@ -14,6 +14,7 @@ from agentrl.core.types import Segment, TrainBatch, Trajectory
 TOKEN_PARTS = {
     'entropy': np.float32(0),  # that it was drawn at, nats
     'sampler_log_prob': np.float32(0),  # that it was drawn at, nats, also where the learner computes its own; NaN unknown
+    'lag': np.float32(0),  # steps of the stage between its drawing and now, see `sequences_of`
     'call': np.float32(0),  # 1 in turns that call a tool
     # Step of the group's tree, and the one before it: forked trajectories have equal ids in steps that they share.
     'node': np.int32(-1),
@@ -62,19 +63,21 @@ class Outcome(NamedTuple):
   parts: Mapping[str, np.ndarray] = {}
 
 
-def sequences_of(trajectories: Sequence[Trajectory], token_parts: Sequence[str] = ()) -> list[TokenSequence]:
+def sequences_of(trajectories: Sequence[Trajectory], token_parts: Sequence[str] = (),
+                 step: int = 0) -> list[TokenSequence]:
   """Returns the segments of the trajectories, in order, each exactly as it was recorded.
 
   Args:
     trajectories: What was collected.
     token_parts: Names of further numbers of tokens: of `TOKEN_PARTS`, or reward parts of turns, which stand on the
       last sampled token of their turn.
+    step: Steps of the stage done.
   Raises:
     KeyError: if a trajectory has no such part.
   """
   nodes = _Nodes() if {'node', 'node_parent'} & set(token_parts) else None
   return [TokenSequence(s.tokens, _in_loss(t, s), s.log_probs, s.turns, i,
-                        {name: _token_part(t, s, name, nodes) for name in token_parts})
+                        {name: _token_part(t, s, name, nodes, step) for name in token_parts})
           for i, t in enumerate(trajectories) for s in t.segments if len(s)]
 
 
@@ -86,11 +89,14 @@ def _in_loss(trajectory: Trajectory, segment: Segment) -> np.ndarray:
   return segment.sampled & (np.arange(len(segment)) >= trajectory.loss_from)
 
 
-def _token_part(trajectory: Trajectory, segment: Segment, name: str, nodes: _Nodes | None) -> np.ndarray:
+def _token_part(trajectory: Trajectory, segment: Segment, name: str, nodes: _Nodes | None,
+                step: int) -> np.ndarray:
   if name == 'entropy':
     return np.where(segment.sampled & np.isfinite(segment.entropies), segment.entropies, np.float32(0))
   if name == 'sampler_log_prob':
     return np.where(segment.sampled, segment.log_probs, np.float32(0))
+  if name == 'lag':
+    return np.where(segment.versions >= 0, np.maximum(0, step - segment.versions), 0).astype(np.float32)
   if name == 'call':
     calling = [turn.index for turn in trajectory.turns if turn.calls]
     return np.isin(segment.turns, calling).astype(np.float32)

@@ -127,7 +127,8 @@ class ReinforcementStage:
     part = lambda name: fill([t.rewards.get(name, 0.0) for t in trajectories], np.float32)
     outcome = Outcome(fill(group_ids(trajectories), np.int32), part('total'), fill(kept.weights, np.float32),
                       fill(kept.baseline_mask, bool), {name: part(name) for name in self._part_names})
-    sequences = [s for s in sequences_of(trajectories, self._token_part_names) if outcome.weights[s.trajectory] > 0]
+    sequences = [s for s in sequences_of(trajectories, self._token_part_names, step)
+                 if outcome.weights[s.trajectory] > 0]
     batch, used = pack(sequences, outcome, rows=self._rows, row_length=self._parts.config.train.row_length,
                        channels=len(self._objective.channels), micro_batches=self._micro_batches,
                        token_part_names=self._token_part_names, step=step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import json
 import math
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def _trajectory(sample: int = 0) -> types.Trajectory:
   first.append_forced([1, 5, 9], turn=0)
   first.append_sampled([3, 4], [-0.1, -2.5], [0.3, 1.1], turn=0)
   first.append_forced([8], turn=1)
-  first.append_sampled([2], [-1e-7], [0.0], turn=1)
+  first.append_sampled([2, 6], [-1e-7, -3.0], [0.0, 1.0], turn=1, version=[3, 4])
+  first.append_revised([7, 9], turn=1, version=4)
   second.append_forced([1], turn=2)
   call = types.ToolCall('python', {'code': 'print(2+2)', 'nested': [1, {'x': None}]})
   bad = types.ToolCall('', {}, error='not JSON: expected a comma')
@@ -77,7 +79,7 @@ def _assert_same(a: types.Trajectory, b: types.Trajectory):
     if field.name == 'segments':
       assert len(left) == len(right)
       for x, y in zip(left, right):
-        for column in ('tokens', 'sampled', 'log_probs', 'entropies', 'turns'):
+        for column in ('tokens', 'sampled', 'log_probs', 'entropies', 'turns', 'versions'):
           np.testing.assert_array_equal(getattr(x, column), getattr(y, column), strict=True)
     elif field.name == 'rewards':
       np.testing.assert_equal(left, right)  # NaN equals NaN here.
@@ -103,7 +105,7 @@ def test_everything_comes_back_exactly(tmp_path):
   assert stored.extra['advantages'][1] == -1.5 and stored.extra['shape'] == (2, 3)
   assert stored.extra['baseline'] == np.float32(0.25) and type(
       stored.extra['baseline']) is np.float32
-  assert stored.pieces == {i: f'<{i}>' for i in (1, 2, 3, 4, 5, 8, 9)}  # The ids that occur above.
+  assert stored.pieces == {i: f'<{i}>' for i in (1, 2, 3, 4, 5, 6, 7, 8, 9)}  # The ids that occur above.
   assert stored.trajectories[0].task is stored.trajectories[1].task  # Stored once for the group.
 
 
@@ -112,21 +114,33 @@ _FLOATS = st.floats(-50, 0, width=32)
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.tuples(st.booleans(), st.integers(0, 2),
+    st.lists(st.tuples(st.sampled_from(['forced', 'sampled', 'revised']), st.integers(0, 2), st.integers(0, 9),
                        st.lists(st.tuples(st.integers(0, 2**31 - 1), _FLOATS, _FLOATS),
                                 max_size=5)),
              max_size=6))
 def test_any_log_of_appends_comes_back(tmp_path_factory, appends):
   segment = types.Segment()
-  for sampled, turn, rows in appends:
+  for kind, turn, version, rows in appends:
     tokens, log_probs, entropies = zip(*rows) if rows else ((), (), ())
-    if sampled:
-      segment.append_sampled(tokens, log_probs, entropies, turn)
+    if kind == 'sampled':
+      segment.append_sampled(tokens, log_probs, entropies, turn, version)
+    elif kind == 'revised':
+      segment.append_revised(tokens, turn, version)
     else:
       segment.append_forced(tokens, turn)
   trajectory = dataclasses.replace(_trajectory(), segments=[segment])
   path = store.TrajectoryStore(tmp_path_factory.mktemp('store')).write(0, [trajectory])
   _assert_same(store.read(path).trajectories[0], trajectory)
+
+
+def test_tokens_of_older_files_have_their_trajectorys_version(tmp_path):
+  path = store.TrajectoryStore(tmp_path).write(0, [_trajectory()])
+  document = json.loads(gzip.decompress(path.read_bytes()))
+  for segment in document['trajectories'][0]['segments']:
+    del segment['versions']
+  path.write_bytes(gzip.compress(json.dumps(document).encode()))
+  first = store.read(path).trajectories[0].segments[0]
+  np.testing.assert_array_equal(first.versions, np.where(first.sampled, 3, -1))
 
 
 @given(

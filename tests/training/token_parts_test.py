@@ -39,6 +39,15 @@ def test_the_samplers_log_probs_are_kept_where_they_are_known():
   assert np.isnan(_part([trajectory], 'sampler_log_prob')[0][-1])
 
 
+def test_the_lag_counts_steps_since_the_token_was_drawn():
+  trajectory = _trajectory([], [False])
+  trajectory.segments[0].append_sampled([7, 7], [-1., -1.], [1., 1.], 0, version=[2, 4])
+  # Two forced tokens, two drawn by version 0, one by 2, one by 4; a draw of the present step is no older than that.
+  for step, lags in ((4, [0, 0, 4, 4, 2, 0]), (3, [0, 0, 3, 3, 1, 0])):
+    [sequence] = packing.sequences_of([trajectory], ['lag'], step)
+    assert sequence.parts['lag'].tolist() == lags and sequence.parts['lag'].dtype == np.float32
+
+
 def _states(name, *observations):
   """Returns the checksum that each turn of each trajectory begins with; checks that a turn has one."""
   out = []
