@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from agentrl.models import layers, transformer
 from agentrl.models.config import ModelConfig
-from agentrl.models.params import Params
+from agentrl.models.params import Params, param_axes
 from agentrl.sampling.draw import Drawn, SamplingParams, draw
 
 
@@ -77,6 +77,13 @@ def sampler_view(params: Params, config: ModelConfig) -> Params:
   view['layers'] = tuple(
       jax.tree.map(lambda x, i=i: x[i].astype(dtype), params['layers']) for i in range(config.num_layers))
   return view
+
+
+def view_axes(config: ModelConfig) -> Params:
+  """Returns the logical axes of what `sampler_view` returns."""
+  axes = {k: v for k, v in param_axes(config).items() if k not in ('layers', 'value')}
+  layer = jax.tree.map(lambda a: a[1:], param_axes(config)['layers'], is_leaf=lambda x: isinstance(x, tuple))
+  return {**axes, 'layers': (layer,) * config.num_layers}
 
 
 def init_cache(config: ModelConfig, slots: int, capacity: int) -> Cache:

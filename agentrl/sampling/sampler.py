@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from agentrl.models.config import ModelConfig
@@ -76,7 +76,8 @@ class Sampler:
 
   def __init__(self, config: ModelConfig, *, slots: int, context: int, chunk: int = 16,
                sampling: SamplingParams = SamplingParams(), capacities: Sequence[int] | None = None,
-               row_buckets: Sequence[int] | None = None, token_buckets: Sequence[int] | None = None):
+               row_buckets: Sequence[int] | None = None, token_buckets: Sequence[int] | None = None,
+               mesh: Mesh | None = None):
     """Makes a sampler without parameters; see `set_params`.
 
     Args:
@@ -88,6 +89,7 @@ class Sampler:
       capacities: Sizes the cache may have; attention reads no more than the one in use.
       row_buckets: Numbers of rows an extension may have.
       token_buckets: Numbers of tokens of a row that one extension may write; longer ones take several.
+      mesh: Of this process's devices, where parameters and cache are to live; None for where the parameters lie.
     """
     self.config = config
     self.slots = slots
@@ -99,7 +101,8 @@ class Sampler:
     self.row_buckets = tuple(sorted(row_buckets or {min(2, slots), min(8, slots), slots}))
     self.token_buckets = tuple(sorted(token_buckets or {min(16, context), min(64, context)}))
     self._params: Params | None = None
-    self._view = jax.jit(functools.partial(functions.sampler_view, config=config))
+    self._mesh = mesh
+    self._view = jax.jit(functools.partial(functions.sampler_view, config=config)) if mesh is None else None
     self._place(None)
     self.reset()
 
@@ -118,8 +121,15 @@ class Sampler:
         donate_argnums=1, out_shardings=(where, None))
 
   def set_params(self, params: Params):
-    """Takes new weights, learner's view. What the cache holds is of the old ones from here on."""
+    """Takes new weights, learner's view. What the cache holds is of the old ones from here on.
+
+    Given a mesh, every process of the run must call it: each is sent what its devices lack.
+    """
+    if self._view is None:
+      self._view = self._make_view(params)
     self._params = self._view(params)
+    if self._mesh is not None:
+      self._params = meshes.own_part(self._params, self._mesh)
     of = self._params['embedding'].sharding
     if isinstance(of, NamedSharding):
       spec = meshes.spec_of(('slots', 'kv_heads'), (self.slots, self.config.num_kv_heads), of.mesh)
@@ -127,6 +137,12 @@ class Sampler:
       if where != self._where:
         self._place(where)
         self.reset()
+
+  def _make_view(self, params: Params) -> Callable[[Params], Params]:
+    view = functools.partial(functions.sampler_view, config=self.config)
+    everywhere = meshes.every_process(self._mesh)
+    where = meshes.shardings(functions.view_axes(self.config), jax.eval_shape(view, params), everywhere)
+    return jax.jit(view, out_shardings=where)
 
   def reset(self):
     """Empties the cache and makes it small again."""

@@ -22,17 +22,21 @@ LOGICAL_AXES: Mapping[str, str | tuple[str, ...]] = {
     'experts': 'expert',
 }
 
+# Logical axes that a mesh must divide, and what settings call them. Others are replicated where they do not divide.
+MUST_DIVIDE = {'width': 'model.width', 'kv_heads': 'model.num_kv_heads', 'ff': 'model.ff_width',
+               'experts': 'model.num_experts'}
+
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Returns a mesh with all of `MESH_AXES`.
 
   Args:
     shape: Devices along each axis; axes left out have 1, and one axis may be -1 for all that remain.
-    devices: To lay out; all of the process group's if None.
+    devices: To lay out, in this order; all of the run's if None, those of a process next to each other.
   Raises:
     ValueError: if an axis is unknown, a size is below 1, or the product is not the number of devices.
   """
-  devices = list(jax.devices() if devices is None else devices)
+  devices = sorted(jax.devices(), key=lambda d: d.process_index) if devices is None else list(devices)
   unknown = sorted(set(shape) - set(MESH_AXES))
   if unknown:
     raise ValueError(f'mesh axis {unknown[0]!r} is unknown; known: {", ".join(MESH_AXES)}')
@@ -70,3 +74,84 @@ def shardings(axes: Any, values: Any, mesh: Mesh) -> Any:
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def make_local_mesh(shape: Mapping[str, int], of: Mesh) -> Mesh:
+  """Returns a mesh of this process's devices, for what each process does on its own.
+
+  Args:
+    shape: As for `make_mesh`. If empty: along the axes 'tensor' and 'expert' as much of the run's mesh as one process
+      can have, and the rest along 'data'.
+    of: The run's mesh.
+  Raises:
+    ValueError: as `make_mesh` does; also if processes have different numbers of devices.
+  """
+  local = [d for d in of.devices.flat if d.process_index == jax.process_index()]
+  if len(local) * jax.process_count() != of.size:
+    raise ValueError(f'this process has {len(local)} of the {of.size} devices of {jax.process_count()} processes; all '
+                     'must have the same number')
+  if not shape:
+    tensor = math.gcd(of.shape['tensor'], len(local))
+    shape = {'data': -1, 'tensor': tensor, 'expert': math.gcd(of.shape['expert'], len(local) // tensor)}
+  return make_mesh(shape, local)
+
+
+def every_process(mesh: Mesh) -> Mesh:
+  """Returns the run's devices as one mesh with a leading axis 'process', on which each process has `mesh` as its own.
+
+  What is split over the other axes only, each process holds whole.
+
+  Args:
+    mesh: See `make_local_mesh`; of the same shape on every process.
+  """
+  if jax.process_count() == 1:
+    return Mesh(mesh.devices[None], ('process', *mesh.axis_names))
+  devices = sorted(jax.devices(), key=lambda d: d.process_index)
+  return Mesh(np.asarray(devices).reshape(-1, *mesh.devices.shape), ('process', *mesh.axis_names))
+
+
+def own_part(tree: Any, mesh: Mesh) -> Any:
+  """Returns arrays laid out on `every_process(mesh)` as arrays of `mesh`; nothing is sent or copied."""
+  def part(x):
+    where = NamedSharding(mesh, x.sharding.spec)
+    return jax.make_array_from_single_device_arrays(x.shape, where, [shard.data for shard in x.addressable_shards])
+
+  return jax.tree.map(part, tree)
+
+
+def on_run(tree: Any, mesh: Mesh) -> Any:
+  """Returns a tree whose arrays all belong to the run's mesh: those that only this process has, copied to each device.
+
+  With one process the tree as it is. Such arrays must hold the same values on every process.
+  """
+  if jax.process_count() == 1:
+    return tree
+
+  def place(x):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return x
+    value = np.asarray(x)
+    return jax.make_array_from_callback(value.shape, replicated(mesh), lambda index: value[index])
+
+  return jax.tree.map(place, tree)
+
+
+def check_divides(axes: Any, values: Any, mesh: Mesh):
+  """Refuses a mesh that cannot split what it is there to split, which would be held whole by every device.
+
+  Args:
+    axes: Tree of logical axis tuples.
+    values: Tree of arrays or shapes.
+    mesh: To be laid out on.
+  Raises:
+    ValueError: naming the logical axis, its size, the mesh axis and the sizes that would fit.
+  """
+  def check(value, value_axes):
+    for axis, size in zip(value_axes, value.shape, strict=True):
+      name = LOGICAL_AXES.get(axis)
+      if axis in MUST_DIVIDE and size % mesh.shape[name]:
+        fitting = ', '.join(str(n) for n in range(1, mesh.size + 1) if size % n == 0 and mesh.size % n == 0)
+        raise ValueError(f'mesh.{name}={mesh.shape[name]} does not divide {MUST_DIVIDE[axis]}={size}; of '
+                         f'{mesh.size} devices, {name} may have {fitting}')
+
+  jax.tree.map(check, values, axes, is_leaf=lambda x: hasattr(x, 'shape'))

@@ -121,13 +121,18 @@ def test_a_context_beyond_the_capacities_is_refused(tiny):
     Sampler(tiny.config, slots=2, context=100, capacities=(32, 64))
 
 
-@pytest.mark.parametrize('shape', [dict(data=2, tensor=2), {}], ids=str)
-def test_a_sharded_policy_draws_the_same_and_compiles_nothing_after_warm_up(tiny, shape):
+@pytest.mark.parametrize('shape, learner', [
+    (dict(data=2, tensor=2), None), ({}, None), (dict(data=2, tensor=2), dict(fsdp=4)),
+], ids=str)
+def test_a_sharded_policy_draws_the_same_and_compiles_nothing_after_warm_up(tiny, shape, learner):
   plain = tiny.sampler()
-  mesh = meshes.make_mesh(shape, jax.devices()[:math.prod(shape.values())])
-  params = jax.device_put(tiny.params, meshes.shardings(param_axes(tiny.config), tiny.params, mesh))
+  devices = jax.devices()[:math.prod(shape.values())]
+  mesh = meshes.make_mesh(shape, devices)
+  # The policy is trained on a mesh of its own, if `learner` gives one.
+  theirs = meshes.make_mesh(learner, devices) if learner else mesh
+  params = jax.device_put(tiny.params, meshes.shardings(param_axes(tiny.config), tiny.params, theirs))
   sharded = Sampler(tiny.config, slots=4, context=96, chunk=8, capacities=(48, 96),
-                    row_buckets=(4,), token_buckets=(16,))
+                    row_buckets=(4,), token_buckets=(16,), mesh=mesh if learner else None)
   sharded.set_params(params)
   sharded.warm_up()
   [slots, heads, *_] = sharded.cache.keys[0].addressable_shards[0].data.shape

@@ -64,6 +64,29 @@ def test_shardings_split_each_leaf_over_its_devices():
   assert meshes.replicated(mesh).is_fully_replicated
 
 
+def test_a_process_has_as_much_of_the_tensor_axis_as_its_devices_allow():
+  local = lambda shape, **run: dict(meshes.make_local_mesh(shape, mesh_of(**run)).shape)
+  assert local({}, fsdp=2, tensor=4) == {'data': 2, 'fsdp': 1, 'tensor': 4, 'expert': 1}
+  assert local({'fsdp': -1}, tensor=8) == {'data': 1, 'fsdp': 8, 'tensor': 1, 'expert': 1}
+  with pytest.raises(ValueError, match='data=3 .* needs 3 devices, but there are 8'):
+    local({'data': 3}, data=8)
+
+
+@pytest.mark.parametrize('axes, size, shape, words', [
+    (('kv_heads',), 2, dict(tensor=8), 'mesh.tensor=8 does not divide model.num_kv_heads=2; of 8 devices, tensor may have 1, 2'),
+    ((None, 'width'), 6, dict(data=2, fsdp=4), 'mesh.fsdp=4 does not divide model.width=6; of 8 devices, fsdp may have 1, 2'),
+    (('ff',), 12, dict(tensor=8), 'mesh.tensor=8 does not divide model.ff_width=12; of 8 devices, tensor may have 1, 2, 4'),
+])
+def test_what_a_mesh_must_divide_is_refused_with_what_would_fit(axes, size, shape, words):
+  value = jax.ShapeDtypeStruct((size,) * len(axes), np.float32)
+  with pytest.raises(ValueError) as caught:
+    meshes.check_divides({'a': axes}, {'a': value}, mesh_of(**shape))
+  assert str(caught.value) == words
+  meshes.check_divides({'a': axes}, {'a': value}, mesh_of(data=8))
+  # A vocabulary may have any size: what does not divide is held whole.
+  meshes.check_divides({'a': ('vocab',)}, {'a': jax.ShapeDtypeStruct((5,), np.float32)}, mesh_of(tensor=8))
+
+
 @pytest.mark.parametrize('shape', [(8, 1, 1), (2, 4, 1), (1, 2, 4)], ids=str)
 def test_eight_devices_equal_one(tiny, shape):
   mesh = mesh_of(*shape)
