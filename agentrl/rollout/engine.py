@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import time
-from typing import Any, Awaitable, Callable, Sequence
+from typing import Any, AsyncIterator, Awaitable, Callable, Sequence
 
 from absl import logging
 import numpy as np
 
 from agentrl.core.types import Boundary, Status, Task, Trajectory
+from agentrl.models.params import Params
 from agentrl.rollout.budget import Limits
+from agentrl.rollout.journal import Journal
 from agentrl.rollout.session import Session, TrajectoryEnded
 from agentrl.sampling.sampler import MAX_STOPS, Draws, Extension, Sampler, SlotRequest
+from agentrl.tools.recording import RECORDING
 
 Program = Callable[[Session], Awaitable[None]]
 
@@ -115,25 +119,27 @@ class Engine:
     """As `collect`, inside a running event loop."""
     if not 0.0 < enough <= 1.0:
       raise ValueError(f'enough={enough} must be in (0, 1]')
+    async with self.serving(policy_version, enough, on_done):
+      sessions = [self.begin(job) for job in jobs]
+      while self._tasks:
+        await self.serve()
+      for outcome in await asyncio.gather(*(run for _, run in self._adopted), return_exceptions=True):
+        if isinstance(outcome, Exception):
+          raise outcome
+    return self.take(sessions)
+
+  @contextlib.asynccontextmanager
+  async def serving(self, policy_version: int = 0, enough: float = 1.0,
+                    on_done: Callable[[Trajectory], None] | None = None) -> AsyncIterator[None]:
+    """A block in which programs may be begun and `serve` is called for them; those left at its end are cut."""
     started = time.perf_counter()
-    self._enough, self._cutting = enough, False
+    self._enough, self._cutting, self._on_done = enough, False, on_done
     self._forget_cache()
     self.version = policy_version
     self._wake = asyncio.Event()
     self._adopted: list[tuple[Session, asyncio.Task]] = []
-    sessions = []
-    for job in jobs:
-      trajectory = Trajectory(task=job.task, sample=job.sample, group_id=job.group_id, seed=self.seed,
-                              policy_version=policy_version)
-      sessions.append(Session(self, trajectory, self.limits))
-    self._on_done = on_done
-    for session, job in zip(sessions, jobs):
-      self.adopt(session, job.program)
     try:
-      await self._pump()
-      for outcome in await asyncio.gather(*(run for _, run in self._adopted), return_exceptions=True):
-        if isinstance(outcome, Exception):
-          raise outcome
+      yield
     finally:
       for task in list(self._tasks):
         task.cancel()
@@ -143,13 +149,52 @@ class Engine:
       self._queue.clear()
       self._ready.clear()
       self.stats.total_seconds += time.perf_counter() - started
-    roots = {id(s): i for i, s in enumerate(sessions)}
-    collected = [session for session, _ in self._adopted]
-    for session in collected:
+
+  def begin(self, job: Job, journals: dict[tuple[int, ...], Journal] | None = None) -> Session:
+    """Starts a job's program and returns its session.
+
+    Args:
+      job: What to collect.
+      journals: By path, of the session and its forks: what they draw is written there, and what is there already is
+        run through again first. None for none.
+    """
+    trajectory = Trajectory(task=job.task, sample=job.sample, group_id=job.group_id, seed=self.seed,
+                            policy_version=self.version)
+    session = Session(self, trajectory, self.limits, journals=journals)
+    self.adopt(session, job.program)
+    return session
+
+  def take(self, roots: Sequence[Session]) -> list[Trajectory]:
+    """Returns the trajectories of sessions and of their forks, in order, and forgets about them."""
+    order = {id(s): i for i, s in enumerate(roots)}
+    taken = [s for s, _ in self._adopted if id(s.root) in order]
+    self._adopted = [(s, run) for s, run in self._adopted if id(s.root) not in order]
+    for session in taken:
       if not session.finished:  # cut before its program took its first step
         session.finish(Status.CUT, boundary=Boundary.ENGINE, detail='cut: enough others had ended')
-    collected.sort(key=lambda s: (roots[id(s.root)], s.trajectory.path))
-    return [s.trajectory for s in collected if not s.discarded]
+    taken.sort(key=lambda s: (order[id(s.root)], s.trajectory.path))
+    return [s.trajectory for s in taken if not s.discarded]
+
+  def under_way(self) -> list[Session]:
+    """Returns the sessions whose programs have not ended."""
+    return [session for session, run in self._adopted if not run.done()]
+
+  def take_weights(self, params: Params, version: int, keep_cache: bool = False):
+    """Goes on with other weights; call it between two calls of `serve`.
+
+    Args:
+      params: Learner's view. Not read any more once this returns.
+      version: Of the policy, for the tokens that it draws.
+      keep_cache: Leave what the older weights computed of the contexts; else it is computed anew as it is needed, so
+        that each draw is exactly the new policy's.
+    """
+    self.sampler.set_params(params)
+    self.version = version
+    if not keep_cache:
+      for session in self._owners:
+        if session is not None:
+          session.cached = 0
+      self._forget_cache()
 
   def adopt(self, session: Session, program: Program) -> asyncio.Task:
     """Starts a program on a session: a job's, or a fork's. Returns its asyncio task, which raises only what `on_done`
@@ -171,6 +216,7 @@ class Engine:
     self._wake.set()
 
   async def _run(self, session: Session, program: Program, on_done):
+    RECORDING.set(session.journal and session.journal.recording)
     started = time.perf_counter()
     session.waiting_since = started
     trajectory = session.trajectory
@@ -236,20 +282,23 @@ class Engine:
 
   # ---- the pump ---------------------------------------------------------------------------------
 
-  async def _pump(self):
-    """Serves requests until no program is left."""
-    while self._tasks:
-      await self._settle()
-      self._assign_slots()
-      if self._ready:
-        self._extend(self._ready)
-        await self._decode()
-      elif self._tasks:
-        started = time.perf_counter()
-        self._wake.clear()
-        if not self._queue and not self._ready:
-          await self._wake.wait()
-        self.stats.idle_seconds += time.perf_counter() - started
+  async def serve(self):
+    """Draws a chunk for all that want one; waits for something to happen if none does."""
+    await self._settle()
+    self._assign_slots()
+    if self._ready:
+      self._extend(self._ready)
+      await self._decode()
+    elif self._tasks:
+      started = time.perf_counter()
+      self._wake.clear()
+      if not self._queue and not self._ready:
+        await self._wake.wait()
+      self.stats.idle_seconds += time.perf_counter() - started
+
+  def wake(self):
+    """Makes a `serve` that waits return."""
+    self._wake.set()
 
   async def _settle(self):
     """Lets programs run until few of those that took over a moment ago are likely to come back soon."""

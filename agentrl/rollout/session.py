@@ -11,6 +11,7 @@ import numpy as np
 
 from agentrl.core.types import Boundary, Segment, Status, ToolCall, ToolResult, Trajectory, Turn
 from agentrl.rollout.budget import Limits
+from agentrl.rollout.journal import Draw, Journal, drawn
 
 if TYPE_CHECKING:
   from agentrl.rollout.engine import Engine
@@ -61,9 +62,12 @@ class Session:
   recomputed, without its program noticing.
   """
 
-  def __init__(self, engine: Engine, trajectory: Trajectory, limits: Limits, root: Session | None = None):
+  def __init__(self, engine: Engine, trajectory: Trajectory, limits: Limits, root: Session | None = None,
+               journals: dict[tuple[int, ...], Journal] | None = None):
     self.engine = engine
     self.root = root or self  # the job's session that this one descends from
+    self.journals = journals  # by path; None where nobody will run the program again
+    self.journal = None if journals is None else journals.setdefault(trajectory.path, Journal())
     self.trajectory = trajectory
     self.limits = limits
     self.seed = trajectory_seed(trajectory.seed, trajectory.task.id, trajectory.sample, trajectory.path)
@@ -135,9 +139,13 @@ class Session:
     stop_ids, stop_texts = self.engine.split_stops(tuple(stops))
     start = len(self.context)
     self.request = Request(budget, stop_ids, stop_texts, start)
-    self.engine.submit(self)
+    reason = self._replay()
     try:
-      reason = await self.request.future
+      if reason is None:
+        self.engine.submit(self)
+        reason = await self.request.future
+        if self.journal:
+          self.journal.note(self.context, start, reason)
     except asyncio.CancelledError:
       self.engine.withdraw(self)
       self._cut(start)
@@ -152,6 +160,19 @@ class Session:
                 end=len(self.context), text=text, stop_reason=reason)
     self.trajectory.turns.append(turn)
     return turn
+
+  def _replay(self) -> str | None:
+    """Appends what the journal has of the turn asked for, and returns why it ended; None if it has to go on."""
+    draw = self.journal.ask(self.context) if self.journal else None
+    if draw is None:
+      return None
+    self.context.append_sampled(draw.tokens, draw.log_probs, draw.entropies, self.num_turns, draw.versions)
+    self.request.budget -= len(draw.tokens)
+    return draw.reason
+
+  def under_way(self) -> list[Draw]:
+    """Returns the turn that is being sampled, as far as it is drawn; [] if none is."""
+    return [] if self.request is None else [drawn(self.context, self.request.start, None)]
 
   def observe(self, turn: Turn, calls: Sequence[ToolCall], results: Sequence[ToolResult]):
     """Records what came of a turn."""
@@ -333,5 +354,5 @@ class Session:
           task=t.task, sample=t.sample, group_id=t.group_id, seed=t.seed, policy_version=t.policy_version, path=path,
           parent_path=t.path, fork_point=len(self.context),
           fork_points=(*t.fork_points, (len(t.segments), len(self.context))), segments=[s.copy() for s in t.segments],
-          turns=[dataclasses.replace(turn) for turn in t.turns]), self.limits, self.root))
+          turns=[dataclasses.replace(turn) for turn in t.turns]), self.limits, self.root, self.journals))
     return forks

@@ -12,6 +12,7 @@ from typing import Any, Collection, Iterable, Mapping, Sequence
 from agentrl.core import types
 from agentrl.tools import base
 from agentrl.tools import schema
+from agentrl.tools.recording import RECORDING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +186,21 @@ class Executor:
 
     Calls on one stateful tool run in their order, each seeing what the ones before it did. Never
     raises for what a policy or a tool does; a cancelled run cancels its calls.
+
+    Where the trajectory has a recording, calls that stand in it get the recorded results; of those only the ones on
+    stateful tools are run again, so that their state is what it was.
     """
+    recording = RECORDING.get()
+    place = recording.ask() if recording else 0
+    if recording and recording.answers[place] is not None:
+      await self._all(session, [c for c in calls if c.name in self.tools and self.tools[c.name].stateful])
+      return list(recording.answers[place])
+    results = await self._all(session, calls)
+    if recording:
+      recording.answers[place] = tuple(results)
+    return results
+
+  async def _all(self, session: ToolSession, calls: Sequence[types.ToolCall]) -> list[types.ToolResult]:
     return list(await asyncio.gather(*(self._one(session, call) for call in calls)))
 
   async def _one(self, session: ToolSession, call: types.ToolCall) -> types.ToolResult:
