@@ -50,13 +50,13 @@ class TinyPolicy:
     self._samplers: dict[tuple, Sampler] = {}
 
   def sampler(self, slots: int = 4, chunk: int = 8,
-              capacities: Sequence[int] = (48, CONTEXT)) -> Sampler:
+              capacities: Sequence[int] = (48, CONTEXT), **settings) -> Sampler:
     """Returns a sampler; the same one for the same settings."""
-    key = (slots, chunk, tuple(capacities))
+    key = (slots, chunk, tuple(capacities), tuple(sorted(settings.items())))
     if key not in self._samplers:
       self._samplers[key] = Sampler(self.config, slots=slots, context=CONTEXT, chunk=chunk,
                                     capacities=capacities, row_buckets=(slots,),
-                                    token_buckets=(16,))
+                                    token_buckets=(16,), **settings)
       self._samplers[key].set_params(self.params)
     return self._samplers[key]
 

@@ -55,6 +55,7 @@ class EngineStats:
   decoded_tokens: int = 0
   extended_tokens: int = 0
   shared_tokens: int = 0
+  steps: int = 0  # passes through the network that drew the decoded tokens
   chunks: int = 0
   evictions: int = 0
 
@@ -416,8 +417,8 @@ class Engine:
     """Draws one chunk for every ready session and hands out what is done."""
     started = time.perf_counter()
     active = {s.slot: (s, s.request) for s in self._ready}
-    chunk = self.sampler.chunk
-    self.sampler.reserve(max(len(s.context) + min(chunk, s.request.budget) for s in self._ready))
+    reach, steps = self.sampler.reach, self.sampler.steps
+    self.sampler.reserve(max(len(s.context) + min(reach, s.request.budget) for s in self._ready))
     requests = {
         slot: SlotRequest(int(s.context.tail(-1)[0]), s.cached, s.request.budget, s.seed, s.request.stop_ids)
         for slot, (s, _) in active.items()}
@@ -433,6 +434,7 @@ class Engine:
     self._chunk_seconds += 0.2 * (now - started - self._chunk_seconds)
     self.stats.decode_seconds += now - started
     self.stats.decoded_tokens += sum(len(d.tokens) for d in draws.values())
+    self.stats.steps += self.sampler.steps - steps
     self.stats.chunks += 1
 
   def _record(self, session: Session, draws: Draws, now: float):

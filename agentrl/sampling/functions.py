@@ -58,6 +58,7 @@ class Decoded(NamedTuple):
     entropies: [S, n] float32, nats.
     counts: [S] int32. Tokens drawn in each slot.
     stopped: [S] bool. Whether the last one is a stop token.
+    steps: int32 scalar. Passes through the network.
   """
 
   tokens: jax.Array
@@ -65,6 +66,7 @@ class Decoded(NamedTuple):
   entropies: jax.Array
   counts: jax.Array
   stopped: jax.Array
+  steps: jax.Array
 
 
 def sampler_view(params: Params, config: ModelConfig) -> Params:
@@ -245,5 +247,5 @@ def decode(params: Params, cache: Cache, pending: jax.Array, lengths: jax.Array,
   first = lengths
   out = Drawn(jnp.zeros((slots, steps), jnp.int32), jnp.zeros((slots, steps)), jnp.zeros((slots, steps)))
   carry = (jnp.int32(0), cache, pending, lengths, out, jnp.zeros(slots, bool), budgets > 0)
-  _, cache, _, lengths, out, stopped, _ = jax.lax.while_loop(running, body, carry)
-  return cache, Decoded(*out, lengths - first, stopped)
+  step, cache, _, lengths, out, stopped, _ = jax.lax.while_loop(running, body, carry)
+  return cache, Decoded(*out, lengths - first, stopped, step)

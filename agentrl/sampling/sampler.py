@@ -13,7 +13,9 @@ import numpy as np
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import Params
 from agentrl.sampling import functions
+from agentrl.sampling import speculation as speculations
 from agentrl.sampling.draw import SamplingParams
+from agentrl.sampling.speculation import Speculation
 from agentrl.sharding import mesh as meshes
 
 MAX_STOPS = 8
@@ -77,27 +79,35 @@ class Sampler:
   def __init__(self, config: ModelConfig, *, slots: int, context: int, chunk: int = 16,
                sampling: SamplingParams = SamplingParams(), capacities: Sequence[int] | None = None,
                row_buckets: Sequence[int] | None = None, token_buckets: Sequence[int] | None = None,
-               mesh: Mesh | None = None):
+               mesh: Mesh | None = None, speculation: Speculation | None = None):
     """Makes a sampler without parameters; see `set_params`.
 
     Args:
       config: Of the policy.
       slots: S.
       context: Longest context, tokens.
-      chunk: Most tokens a slot draws in one call of `decode`.
+      chunk: Passes through the network in one call of `decode`, at most.
       sampling: The distribution drawn from.
       capacities: Sizes the cache may have; attention reads no more than the one in use.
       row_buckets: Numbers of rows an extension may have.
       token_buckets: Numbers of tokens of a row that one extension may write; longer ones take several.
       mesh: Of this process's devices, where parameters and cache are to live; None for where the parameters lie.
+      speculation: Guess tokens from the slot's own text, so that a pass may draw several; None for one a pass.
     """
     self.config = config
     self.slots = slots
     self.chunk = chunk
+    self.reach = chunk * (1 + speculation.tokens if speculation else 1)  # most tokens a slot draws in one `decode`
     self.sampling = sampling
+    self.speculation = speculation
+    self.steps = 0  # passes through the network so far
     self.capacities = tuple(sorted(capacities or buckets(min(64, context), context)))
     if self.capacities[-1] < context:
       raise ValueError(f'the largest cache capacity {self.capacities[-1]} is below the context of {context} tokens')
+    if speculation and speculation.tokens >= self.capacities[0]:
+      raise ValueError(f'{speculation} proposes more tokens than the smallest cache capacity {self.capacities[0]} holds')
+    # What is guessed from: the tokens that each slot holds, and the pending one.
+    self._tokens = np.zeros((slots, self.capacities[-1] + 1 if speculation else 0), np.int32)
     self.row_buckets = tuple(sorted(row_buckets or {min(2, slots), min(8, slots), slots}))
     self.token_buckets = tuple(sorted(token_buckets or {min(16, context), min(64, context)}))
     self._params: Params | None = None
@@ -116,9 +126,11 @@ class Sampler:
     self._extend = jit(functools.partial(functions.extend, config=self.config), donate_argnums=1)
     self._fork = jit(functions.fork, donate_argnums=0)
     self._resize = jit(functions.resize, static_argnums=1)
-    self._decode = jax.jit(
-        functools.partial(functions.decode, config=self.config, steps=self.chunk, sampling=self.sampling),
-        donate_argnums=1, out_shardings=(where, None))
+    settings = dict(config=self.config, steps=self.chunk, sampling=self.sampling)
+    decode = functools.partial(functions.decode, **settings)
+    if self.speculation:
+      decode = functools.partial(speculations.decode, **settings, speculation=self.speculation)
+    self._decode = jax.jit(decode, donate_argnums=1, out_shardings=(where, None))
 
   def set_params(self, params: Params):
     """Takes new weights, learner's view. What the cache holds is of the old ones from here on.
@@ -195,7 +207,12 @@ class Sampler:
       slots[r], starts[r], counts[r] = e.slot, e.start, len(e.tokens)
       tokens[r, :len(e.tokens)] = e.tokens
       self._held[e.slot] = e.start + len(e.tokens)
+      self._remember(e.slot, e.start, e.tokens)
     self.cache = self._extend(self._params, self.cache, slots, tokens, starts, counts)
+
+  def _remember(self, slot: int, start: int, tokens: Sequence[int]):
+    if self.speculation:
+      self._tokens[slot, start:start + len(tokens)] = tokens
 
   def fork(self, pairs: Sequence[tuple[int, int]]):
     """Copies slots: (source, target) pairs; no target may be another pair's source or target."""
@@ -205,10 +222,11 @@ class Sampler:
       for r, (source, target) in enumerate(part):
         sources[r], targets[r] = source, target
         self._held[target] = self._held[source]
+        self._tokens[target] = self._tokens[source]
       self.cache = self._fork(self.cache, sources, targets)
 
   def decode(self, requests: dict[int, SlotRequest], floor: int = 0) -> dict[int, Draws]:
-    """Draws up to `chunk` tokens for each requested slot.
+    """Draws up to `chunk` tokens for each requested slot, up to `reach` with speculation.
 
     Args:
       requests: By slot.
@@ -223,13 +241,16 @@ class Sampler:
     for slot, r in requests.items():
       pending[slot], lengths[slot], budgets[slot], seeds[slot] = r.pending, r.length, r.budget, r.seed
       stops[slot, :len(r.stops)] = r.stops
+    history = (self._tokens[:, :self.cache.capacity],) if self.speculation else ()
     self.cache, out = self._decode(self._params, self.cache, pending, lengths, budgets, seeds, stops,
-                                   np.int32(floor))
+                                   np.int32(floor), *history)
     out = jax.device_get(out)
+    self.steps += int(out.steps)
     draws = {}
     for slot in requests:
       n = out.counts[slot]
       self._held[slot] = lengths[slot] + n
+      self._remember(slot, lengths[slot], [requests[slot].pending, *out.tokens[slot, :n]])
       draws[slot] = Draws(out.tokens[slot, :n], out.log_probs[slot, :n], out.entropies[slot, :n],
                           bool(out.stopped[slot]))
     return draws

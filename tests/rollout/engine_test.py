@@ -14,7 +14,9 @@ from agentrl.core.types import Boundary, Status
 from agentrl.metrics.timing import CompileCounter
 from agentrl.rollout.budget import Limits
 from agentrl.rollout.engine import LINGER_SECONDS, Engine, Job
+from agentrl.sampling.draw import SamplingParams
 from agentrl.sampling.sampler import Sampler
+from agentrl.sampling.speculation import Speculation
 
 PROMPT = list(range(20, 44))  # Longer than MIN_SHARED_TOKENS and than one extension's width.
 
@@ -104,6 +106,21 @@ def test_the_company_does_not_matter_nor_sharing_a_prefix(tiny, plain):
     alone, stats = collect(tiny, [jobs[i]])
     check_same([plain[i]], alone)
     assert stats.shared_tokens == 0
+
+
+def test_speculation_does_not_matter(tiny, plain):
+  sampler = tiny.sampler(speculation=Speculation(3, ngram=1))
+  check_same(plain, collect(tiny, jobs_of(tiny), sampler=sampler)[0])
+
+
+def test_speculation_spares_a_policy_that_repeats_itself_most_steps(tiny):
+  greedy = SamplingParams(temperature=0.0)
+  ones = (tiny.context,)
+  plain, stats = collect(tiny, jobs_of(tiny, samples=1), tiny.sampler(capacities=ones, sampling=greedy))
+  others, fewer = collect(tiny, jobs_of(tiny, samples=1), tiny.sampler(
+      capacities=ones, sampling=greedy, speculation=Speculation(3, ngram=1)))
+  check_same(plain, others)
+  assert stats.steps >= stats.decoded_tokens / 4 and fewer.steps < 0.7 * stats.steps
 
 
 def test_seeds_matter(tiny, plain):

@@ -1,0 +1,181 @@
+"""Decoding several tokens a step: what the slot's own text suggests is proposed, and kept where it is drawn anyway.
+
+Agents copy what tools return, so the tokens that followed an earlier occurrence of the last few are a good guess at the
+next ones. All guesses go through the network in one step. Each position is then drawn with its own key, as it would
+have been without guesses, and the draws are kept up to the first that is not the guess: what comes out is the same
+tokens, in fewer steps.
+
+Axes: S slots, P proposed tokens, W = P + 1 tokens of a step, C capacity of the cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from agentrl.models import layers, transformer
+from agentrl.models.config import ModelConfig
+from agentrl.models.params import Params
+from agentrl.sampling.draw import Drawn, SamplingParams, draw
+from agentrl.sampling.functions import Cache, Decoded
+
+NOTHING = -1  # a proposal that no draw equals
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+  """How much is proposed, and on what evidence.
+
+  Attributes:
+    tokens: P, tokens proposed a step.
+    ngram: Tokens that must have occurred before in the same order. Of several places the one is taken whose past
+      agrees longest, up to twice as many tokens; of equal ones the latest.
+  """
+
+  tokens: int
+  ngram: int = 3
+
+  def __post_init__(self):
+    if self.tokens < 1 or self.ngram < 1:
+      raise ValueError(f'{self} proposes nothing: tokens and ngram must be at least 1')
+
+
+def propose(history: jax.Array, lengths: jax.Array, speculation: Speculation) -> jax.Array:
+  """Returns [S, P] int32: the tokens that followed the best match of each slot's last ones, `NOTHING` without one.
+
+  A match that reaches into the last tokens themselves is gone round again: what repeats is proposed to go on.
+
+  Args:
+    history: [S, C] int32. Tokens of each slot's context.
+    lengths: [S] int32. Index of its last one; what stands beyond is not read.
+    speculation: Static.
+  """
+  slots, capacity = history.shape
+  index = jnp.arange(capacity)[None]
+  run, score = jnp.ones((slots, capacity), bool), jnp.zeros((slots, capacity), jnp.int32)
+  for back in range(2 * speculation.ngram):
+    last = jnp.take_along_axis(history, jnp.maximum(lengths - back, 0)[:, None], axis=1)
+    earlier = jnp.pad(history, ((0, 0), (back, 0)))[:, :capacity]
+    run &= (earlier == last) & (index >= back)
+    score += run
+  score = jnp.where((index < lengths[:, None]) & (score >= speculation.ngram), score, 0)
+  best = capacity - 1 - jnp.argmax(score[:, ::-1], axis=1)  # argmax takes the first of equals, this the last
+  period = jnp.maximum(lengths - best, 1)[:, None]
+  ahead = best[:, None] + 1 + jnp.arange(speculation.tokens)[None] % period
+  found = jnp.max(score, axis=1, keepdims=True) > 0
+  return jnp.where(found, jnp.take_along_axis(history, jnp.minimum(ahead, capacity - 1), axis=1), NOTHING)
+
+
+def next_logits(params: Params, cache: Cache, tokens: jax.Array, lengths: jax.Array,
+                config: ModelConfig) -> tuple[Cache, jax.Array]:
+  """Returns (cache with the tokens written, [S, W, V] float32 logits of what follows each).
+
+  Args:
+    params: Sampler's view.
+    cache: Updated in place under jit. At least W long; tokens past its end are left out.
+    tokens: [S, W] int32. The last token of each slot's context and guesses at those after it.
+    lengths: [S] int32, below C. Tokens before them, all in the cache.
+    config: Static.
+  """
+  x = transformer.embed(params, config, tokens)
+  positions = lengths[:, None] + jnp.arange(tokens.shape[1])[None]
+  distances = positions[:, :, None] - jnp.arange(cache.capacity)[None, None]
+  kinds = layers.sights(config, positions, distances, distances >= 0)
+  keys, values = [], []
+  for layer, kind, key_buffer, value_buffer in zip(params['layers'], config.kind_of_layer, cache.keys, cache.values):
+    see = kinds[kind]
+    q, k, v = layers.project_qkv(layer, x, see.cos, see.sin, config)
+    keys.append(_put(key_buffer, k.transpose(0, 2, 3, 1), lengths, axis=2))
+    values.append(_put(value_buffer, v.transpose(0, 2, 1, 3), lengths, axis=1))
+    attended = layers.attend(q, keys[-1], values[-1], see.mask, scale=config.query_scale, sinks=layer.get('sinks'))
+    x = layers.add_mlp(layer, layers.add_attention(layer, x, attended, config), config)
+  hidden = layers.norm(x, params['final_norm'], config)
+  return Cache(tuple(keys), tuple(values)), transformer.logits(params, hidden, known=config.known_tokens)
+
+
+def _put(buffer: jax.Array, new: jax.Array, starts: jax.Array, axis: int) -> jax.Array:
+  """Returns the buffer with new[s] written into row s from starts[s] on along `axis` of the row.
+
+  One slice a row, which is written in place; near the end it begins earlier, with what stands there already.
+  """
+  width = new.shape[axis + 1]
+
+  def one(row, new, start):
+    first = jnp.minimum(start, row.shape[axis] - width)
+    old = jax.lax.dynamic_slice_in_dim(row, first, width, axis)
+    shift = start - first
+    place = jnp.arange(width) - shift
+    shape = [width if i == axis else 1 for i in range(row.ndim)]
+    moved = jnp.take(new, jnp.maximum(place, 0), axis=axis)
+    return jax.lax.dynamic_update_slice_in_dim(row, jnp.where((place >= 0).reshape(shape), moved, old), first, axis)
+
+  return jax.vmap(one)(buffer, new.astype(buffer.dtype), starts)
+
+
+def decode(params: Params, cache: Cache, pending: jax.Array, lengths: jax.Array, budgets: jax.Array, seeds: jax.Array,
+           stops: jax.Array, floor: jax.Array, history: jax.Array, *, steps: int, config: ModelConfig,
+           speculation: Speculation, sampling: SamplingParams = SamplingParams()) -> tuple[Cache, Decoded]:
+  """Draws what `functions.decode` would, up to `steps` x W tokens in every active slot.
+
+  Args:
+    params: As there, and so are all that are not named here.
+    cache: Donate it.
+    pending: [S] int32.
+    lengths: [S] int32.
+    budgets: [S] int32.
+    seeds: [S, 2] uint32.
+    stops: [S, Z] int32.
+    floor: int32 scalar.
+    history: [S, C] int32. The tokens before the pending ones; what stands beyond is not read.
+    steps: Static. Passes through the network.
+    config: Static.
+    speculation: Static.
+    sampling: Static.
+  Returns:
+    The cache and what was drawn; its arrays are [S, steps x W].
+  """
+  slots, width = pending.shape[0], speculation.tokens + 1
+  keys = jax.random.wrap_key_data(seeds, impl='threefry2x32')
+  fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
+  ahead, rows = jnp.arange(width)[None], jnp.arange(slots)[:, None]
+  first = lengths
+
+  def running(carry):
+    step, _, _, _, _, _, active = carry
+    return (step < steps) & (jnp.sum(active) > floor)
+
+  def body(carry):
+    step, cache, history, lengths, out, stopped, active = carry
+    proposals = propose(history, lengths, speculation)
+    last = jnp.take_along_axis(history, lengths[:, None], axis=1)
+    tokens = jnp.concatenate([last, jnp.maximum(proposals, 0)], axis=1)
+    cache, scores = next_logits(params, cache, tokens, lengths, config)
+    drawn = draw(scores.reshape(slots * width, -1), fold(keys, lengths[:, None] + ahead).reshape(-1), sampling)
+    drawn = jax.tree.map(lambda x: x.reshape(slots, width), drawn)
+    hits = jnp.any(drawn.tokens[:, :, None] == stops[:, None], axis=-1)
+    counts = jnp.where(active, _kept(drawn.tokens, proposals, hits, first + budgets - lengths), 0)
+    # What is not kept goes to a column past the end, and with it nowhere.
+    kept = ahead < counts[:, None]
+    columns = jnp.where(kept, (lengths - first)[:, None] + ahead, steps * width)
+    out = jax.tree.map(lambda o, d: o.at[rows, columns].set(d, mode='drop'), out, drawn)
+    places = jnp.where(kept, lengths[:, None] + 1 + ahead, history.shape[1])
+    history = history.at[rows, places].set(drawn.tokens, mode='drop')
+    lengths = lengths + counts
+    stopped |= jnp.any(hits & kept, axis=1)
+    active &= ~stopped & (lengths - first < budgets)
+    return step + 1, cache, history, lengths, out, stopped, active
+
+  nothing = jnp.zeros((slots, steps * width))
+  out = Drawn(nothing.astype(jnp.int32), nothing, nothing)
+  history = history.at[jnp.arange(slots), lengths].set(pending)
+  carry = (jnp.int32(0), cache, history, lengths, out, jnp.zeros(slots, bool), budgets > 0)
+  step, cache, _, lengths, out, stopped, _ = jax.lax.while_loop(running, body, carry)
+  return cache, Decoded(*out, lengths - first, stopped, step)
+
+
+def _kept(tokens: jax.Array, proposals: jax.Array, hits: jax.Array, left: jax.Array) -> jax.Array:
+  """Returns [S] int32: draws [S, W] up to the first that is no proposal or a stop, that one included, `left` at most."""
+  goes_on = (tokens[:, :-1] == proposals) & ~hits[:, :-1]
+  return jnp.minimum(1 + jnp.sum(jnp.cumprod(goes_on.astype(jnp.int32), axis=1), axis=1), left)
