@@ -125,6 +125,11 @@ def regulariser(name: str, **options) -> Regulariser:
   return dataclasses.replace(made, reads=(*made.reads, *_reads(factory, options)))
 
 
+def reads_a_channel(name: str) -> bool:
+  """Whether a regulariser reads the advantages of a channel: whether it has an option 'channel', the channel's index."""
+  return 'channel' in inspect.signature(REGULARISERS.get(name)).parameters
+
+
 def reward_of(batch: Any, part: str) -> Any:
   """Returns [N] float32: the total reward, or the part of that name; zeros for ''."""
   if not part:

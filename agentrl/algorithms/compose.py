@@ -29,7 +29,8 @@ def compose(*, channels: Mapping[str, Mapping[str, Any]] | None = None,
       ('token'), 'clip' ('asym'), 'aggregation', 'weight' (1), and 'rows', 'maps', 'filters', each a
       choice or a tuple of several. None is one channel 'policy' of GRPO.
     regularisers: Coefficient, or a section with 'coef', perhaps 'aggregation', and options, by
-      name. A section's 'name' is the regulariser's, where it is listed under another.
+      name. A section's 'name' is the regulariser's, where it is listed under another. One that reads
+      advantages has an option 'channel', the name of the one whose they are; without it, of the only one.
     aggregation: Of every term that names none.
   Raises:
     UnknownNameError: if there is no choice of a name; the known ones are listed.
@@ -40,7 +41,8 @@ def compose(*, channels: Mapping[str, Mapping[str, Any]] | None = None,
   """
   made = tuple(registry.call(f'channel {name!r}', channel, {'name': name, 'default': aggregation, **parts})
                for name, parts in (channels or {'policy': {}}).items())
-  extra = (_regulariser(name, value, aggregation) for name, value in (regularisers or {}).items())
+  names = [c.name for c in made]
+  extra = (_regulariser(name, value, aggregation, names) for name, value in (regularisers or {}).items())
   return Objective('compose', made, tuple(r for r in extra if r is not None))
 
 
@@ -71,14 +73,27 @@ def _several(factory, given: Any) -> tuple[Choice, ...]:
   return tuple(_make(factory, choice) for choice in given)
 
 
-def _regulariser(label: str, value: Any, default: Any) -> Regulariser | None:
+def _regulariser(label: str, value: Any, default: Any, channels: list[str]) -> Regulariser | None:
   if not isinstance(value, Mapping) or schedules.is_schedule(value):
     value = {'coef': value}
   options = dict(value)
   coefficient = schedules.make(f'{label}.coef', options.pop('coef', 1.0))
   aggregation = _make(choices.aggregation, options.pop('aggregation', default))
-  made = choices.regulariser(options.pop('name', label), **options)
+  name = options.pop('name', label)
+  if choices.reads_a_channel(name):
+    options['channel'] = _index(label, options.get('channel'), channels)
+  made = choices.regulariser(name, **options)
   return _weighted(made, label, coefficient, aggregation)
+
+
+def _index(label: str, channel: str | None, channels: list[str]) -> int:
+  """Returns which of the channels has that name; the only one has it without being named."""
+  if channel is None and len(channels) == 1:
+    return 0
+  if channel not in channels:
+    raise ValueError(f'regulariser {label!r} reads the advantages of one channel and cannot go with channel={channel!r} '
+                     f'where there are {", ".join(channels)}; name one of them')
+  return channels.index(channel)
 
 
 def given(**options) -> dict:

@@ -114,7 +114,7 @@ def kl_cov(*, ratio: float = 2e-4, channel: int = 0) -> Regulariser:
 
   Args:
     ratio: Share of tokens.
-    channel: Whose advantages are read.
+    channel: Index of the channel whose advantages are read; a config names it.
   Source: KL-Cov, arXiv 2505.22617, as in volcengine/verl.  Deviation: behaviour log-probs in c_t.
   """
   def function(outputs, batch):

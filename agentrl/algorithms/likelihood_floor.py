@@ -31,7 +31,7 @@ def llds(*, gate: str = 'response', answer: float = 0.0, channel: int = 0,
   Args:
     gate: 'response', over the sequence, or 'action', over the turn.
     answer: Factor of the final answer; min(w, lambda) / lambda in the source, where w is 0.
-    channel: Whose advantages are read.
+    channel: Index of the channel whose advantages are read; a config names it.
     part: Token part that is above 0 in turns that call.
   Raises:
     ValueError: if `gate` is unknown.

@@ -17,7 +17,7 @@ def nll_positive(*, channel: int = 0) -> Regulariser:
   The aggregation counts all tokens, so that it fades where few have a positive advantage.
 
   Args:
-    channel: Index of the channel whose advantages decide, in the config's order.
+    channel: Index of the channel whose advantages decide; a config names it.
   Source: THOR, code JingMog/THOR: coefficient 0.01.  Deviation: the denominator is not found in the source.
   """
   def function(outputs, batch):

@@ -59,15 +59,17 @@ def compares_groups(rule: Callable[..., Selection]) -> Callable[..., Selection]:
 
 @SELECTORS.register('drop_zero_std')
 @compares_groups
-def drop_zero_std(candidates: Candidates, rng: np.random.Generator, *, part: str = 'total') -> Selection:
+def drop_zero_std(candidates: Candidates, rng: np.random.Generator, *, part: str = 'total',
+                  unless: str = '') -> Selection:
   """Leaves out groups whose counted trajectories all have the same reward: under a group baseline they carry no signal.
 
   Args:
     candidates: Of a step.
     rng: Not used.
     part: Reward part that is compared; 'total' for the reward itself.
-  Source: Yu et al. (DAPO), arXiv 2503.14476.  Deviation: none; the sampling of more groups is the stage's
-    `rl.max_generation_batches`.
+    unless: Part above 0 in trajectories whose groups are left as they are; '' for none.
+  Source: Yu et al. (DAPO), arXiv 2503.14476.  Deviation: a group of one is left out, where the release keeps it: its
+    advantage is 0 here. The sampling of more groups is the stage's `rl.max_generation_batches`.
   Example:
     >>> n = Candidates(np.float32([1, 1, 0, 1]), np.int32([0, 0, 1, 1]), {}, np.ones(4, np.float32), np.ones(4, bool))
     >>> drop_zero_std(n, np.random.default_rng(0)).weights.tolist()
@@ -76,7 +78,8 @@ def drop_zero_std(candidates: Candidates, rng: np.random.Generator, *, part: str
   del rng
   values = of_part(candidates, part)
   weights = candidates.weights.copy()
-  for group in np.unique(candidates.group_ids):
+  exempt = candidates.group_ids[of_part(candidates, unless) > 0] if unless else ()
+  for group in np.setdiff1d(candidates.group_ids, exempt):
     members = candidates.group_ids == group
     counted = members & candidates.baseline_mask & (candidates.weights > 0)
     # A reward that is not a number is no lack of signal: the update refuses it, and says so.

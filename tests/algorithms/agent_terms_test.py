@@ -49,11 +49,11 @@ def test_the_likelihood_of_one_channel_is_that_of_its_own_rows():
   channels = {'rows': {'rows': {'name': 'fresh', 'part': 'suffix'}}, 'suffixes': {'rows': {'name': 'replayed', 'part': 'suffix'}}}
   batch, _ = example_batch(1, reads=('suffix',))
   batch = batch._replace(parts={'suffix': np.float32(np.arange(len(batch.weights)) % 2)})
-  for channel in (0, 1):
-    made = choices.regulariser('nll_positive', channel=channel)
-    objective = compose(channels=channels)
-    estimated = objective.estimate(batch)
-    where = np.asarray(made.where(estimated))
+  # Whatever the order that a config lists them in.
+  for channel, order in ((0, ('rows', 'suffixes')), (1, ('rows', 'suffixes')), (1, ('suffixes', 'rows'))):
+    objective = compose(channels={name: channels[name] for name in order}, regularisers={
+        'nll_positive': {'coef': .01, 'channel': ('rows', 'suffixes')[channel]}})
+    where = np.asarray(objective.regularisers[0].where(objective.estimate(batch)))
     of = np.asarray(jnp.where(batch.trajectory_ids >= 0, batch.parts['suffix'][batch.trajectory_ids], -1))
     assert where.any() and set(of[where > 0].tolist()) == {float(channel)}
   with pytest.raises(ValueError, match='it takes channel'):

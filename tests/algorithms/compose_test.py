@@ -105,6 +105,8 @@ def test_maps_rows_and_filters_act_where_they_say():
     ({'regularisers': {'kl': -1.}}, 'kl_coef=-1.0'),
     ({'regularisers': {'value': .5}}, "regulariser 'value' needs returns.*take advantage 'gae'"),
     ({'aggregation': 'sum_over_constant'}, 'cannot go without max_tokens'),
+    ({'channels': {'a': {}, 'b': {}}, 'regularisers': {'llds': .2}}, "'llds'.*channel=None where there are a, b; name one"),
+    ({'regularisers': {'llds': {'coef': .2, 'channel': 'other'}}}, "'llds'.*channel='other' where there are policy"),
 ])
 def test_what_cannot_go_together_is_refused(options, message):
   with pytest.raises((ValueError, LookupError), match=message):

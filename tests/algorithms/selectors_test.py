@@ -36,6 +36,13 @@ def test_the_groups_that_vary_most_are_kept():
   assert _apply('top_std', alone, share=.3).weights.tolist() == [1, 1, 0, 0, 0, 0, 1, 1]
 
 
+def test_groups_without_signal_are_left_out_unless_they_are_exempt():
+  step = _step([1, 1, 0, 1, 0, 0], 2, suffix=[0, 0, 0, 0, 1, 1])
+  assert _apply('drop_zero_std', step).weights.tolist() == [0, 0, 1, 1, 0, 0]
+  found = _apply('drop_zero_std', step, unless='suffix')
+  assert found.weights.tolist() == [0, 0, 1, 1, 1, 1] and found.baseline_mask.all()
+
+
 @pytest.mark.parametrize('choose', ['sampled', 'sorted'])
 def test_the_samples_of_a_group_are_thinned_out_in_proportion(choose):
   rng = RNG(3)

@@ -48,7 +48,8 @@ FIXED = {
     'further clips': ('compose', dict(
         channels={'preserve': dict(clip=dict(name='grad_preserve', dual=3.)),
                   'masked': dict(clip='weight_sg_masked')},
-        regularisers={'kl_cov': dict(coef=1., ratio=.2), 'llds': dict(coef=.2, gate='action')})),
+        regularisers={'kl_cov': dict(coef=1., ratio=.2, channel='masked'),
+                      'llds': dict(coef=.2, gate='action', channel='preserve')})),
 }
 
 

@@ -291,7 +291,7 @@ def test_the_gradient_of_every_term_reaches_logits_of_sampled_tokens_alone():
   channels = {c: {'clip': c} for c in ('grad_preserve', 'dyn_high', 'cut_far', 'weight_sg_masked')}
   channels['turns'] = {'advantage': _turn('turn_gae'), 'maps': ('clip_cov', 'mismatch_weight')}
   made = make('compose', channels=channels, regularisers={
-      'llds': .2, 'kl_cov': {'coef': 1., 'ratio': .5}, 'kl': .1, 'entropy': .1, 'turn_value': .5})
+      'llds': {'coef': .2, 'channel': 'turns'}, 'kl_cov': {'coef': 1., 'ratio': .5, 'channel': 'turns'}, 'kl': .1, 'entropy': .1, 'turn_value': .5})
   prepared = made.prepare(batch)
 
   def loss(logits):
