@@ -23,6 +23,8 @@ TOKEN_PARTS = {
     'state': np.int32(-1),
     'history': np.int32(-1),
 }
+# Those that number steps, from 0 in each batch.
+NODE_PARTS = ('node', 'node_parent')
 
 
 class TokenSequence(NamedTuple):
@@ -75,7 +77,7 @@ def sequences_of(trajectories: Sequence[Trajectory], token_parts: Sequence[str] 
   Raises:
     KeyError: if a trajectory has no such part.
   """
-  nodes = _Nodes() if {'node', 'node_parent'} & set(token_parts) else None
+  nodes = _Nodes() if set(NODE_PARTS) & set(token_parts) else None
   return [TokenSequence(s.tokens, _in_loss(t, s), s.log_probs, s.turns, i,
                         {name: _token_part(t, s, name, nodes, step) for name in token_parts})
           for i, t in enumerate(trajectories) for s in t.segments if len(s)]

@@ -22,7 +22,7 @@ from agentrl.training.packing import TOKEN_PARTS, Outcome, pack, sequences_of
 from agentrl.training.side import base as sides
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
-from agentrl.training.step import make_score, make_update
+from agentrl.training.step import make_estimate, make_score, make_update
 
 
 @STAGES.register('rl')
@@ -50,7 +50,8 @@ class ReinforcementStage:
     mesh = parts.mesh if parts.mesh.size > 1 else None
     temperature = parts.config.rollout.temperature
     self._update = make_update(parts.model, self._optimizer, self._objective, micro_batches=self._micro_batches,
-                               temperature=temperature, mesh=mesh)
+                               temperature=temperature, mesh=mesh, estimated=c.minibatches > 1)
+    self._estimate = make_estimate(self._objective)
     self._score = make_score(parts.model, micro_batches=self._micro_batches, temperature=temperature, mesh=mesh)
     for side in self._sides.values():
       side.bind(sides.Setting(parts.model, self._micro_batches, temperature, mesh))
@@ -69,6 +70,8 @@ class ReinforcementStage:
     self._collector.warm_up(state.params)
     batch, used = self._pack([])
     self._update = self._update.lower(state, batch, np.int32(used)).compile()
+    if self._config.minibatches > 1:
+      self._estimate = self._estimate.lower([batch] * self._config.minibatches, np.int32(0)).compile()
     if self._needs_scores:
       self._score = self._score.lower(state.params, batch, np.int32(used)).compile()
     for label, side in self._sides.items():
@@ -88,11 +91,13 @@ class ReinforcementStage:
     batches = []
     for part in _minibatches(trajectories, self._config.minibatches):
       batch, used = self._pack([trajectories[i] for i in part], Selection(*(x[part] for x in kept)), host.stage_step)
-      if self._has_signal(batch):
+      signal = self._has_signal(batch)
+      if signal:
         state, batch = self._ask_sides(state, self._add_scores(state, batch, used), used, host, metrics)
-        batches.append((batch, used))
       else:
         metrics['skipped_batches'] = metrics.get('skipped_batches', 0) + 1
+      batches.append((batch, used, signal))
+    batches = self._estimated(state, batches)
     scalars = []
     for _ in range(self._config.epochs):
       for batch, used in batches:
@@ -156,6 +161,14 @@ class ReinforcementStage:
     if self._config.reference:
       batch = batch._replace(reference_log_probs=self._score(state.reference, batch, np.int32(used))[0])
     return batch
+
+  def _estimated(self, state: LearnerState, batches: list[tuple[TrainBatch, int, bool]]) -> list[tuple[TrainBatch, int]]:
+    """Returns the batches with a signal; where there are several, with what was estimated from all of them."""
+    if len(batches) > 1:
+      found = jax.device_get(self._estimate(*jax.device_get(([batch for batch, _, _ in batches], state.updates))))
+      batches = [(batch._replace(advantages=a, returns=r), used, signal)
+                 for (batch, used, signal), (a, r) in zip(batches, found)]
+    return [(batch, used) for batch, used, signal in batches if signal]
 
   def _ask_sides(self, state: LearnerState, batch: TrainBatch, used: int, host: HostState,
                  metrics: dict[str, Any]) -> tuple[LearnerState, TrainBatch]:

@@ -16,12 +16,13 @@ from agentrl.models import transformer
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import Params, param_axes
 from agentrl.sharding import mesh as meshes
+from agentrl.training.packing import NODE_PARTS
 from agentrl.training.state import LearnerState
 
 
 def make_update(config: ModelConfig, optimizer: optax.GradientTransformation, objective: Objective, *,
-                micro_batches: int, temperature: float = 1.0,
-                mesh: jax.sharding.Mesh | None = None) -> Callable[..., Any]:
+                micro_batches: int, temperature: float = 1.0, mesh: jax.sharding.Mesh | None = None,
+                estimated: bool = False) -> Callable[..., Any]:
   """Returns a jitted `update(state, batch, used) -> (state, metrics)` that donates the state.
 
   The objective weighs every token by counts over the whole batch, so the gradient is a plain sum over micro-batches.
@@ -36,6 +37,7 @@ def make_update(config: ModelConfig, optimizer: optax.GradientTransformation, ob
     micro_batches: Parts that B is cut into; must divide it.
     temperature: Of the policy.
     mesh: Whose batch axes the rows of each micro-batch are split over; None on one device.
+    estimated: Whether batches come with advantages and returns, see `make_estimate`.
   Returns:
     Metrics are float32 scalars by name: the objective's, and 'grad_norm', 'applied' (1 or 0), 'log_prob_gap' and
     'log_prob_gap_max' (nats, between these log-probs and the recorded ones).
@@ -51,7 +53,8 @@ def make_update(config: ModelConfig, optimizer: optax.GradientTransformation, ob
 
   @functools.partial(jax.jit, donate_argnums=0)
   def update(state: LearnerState, batch: TrainBatch, used: jax.Array):
-    parts = _spread(objectives.split_rows(objective.prepare(batch, state.updates), micro_batches), mesh)
+    prepare = objective.weigh if estimated else objective.prepare
+    parts = _spread(objectives.split_rows(prepare(batch, state.updates), micro_batches), mesh)
     if micro_batches == 1:
       total = grad_fn(state.params, _part(parts, 0))
     else:
@@ -72,6 +75,37 @@ def make_update(config: ModelConfig, optimizer: optax.GradientTransformation, ob
     return state._replace(params=params, opt_state=opt_state, updates=state.updates + finite), scalars
 
   return update
+
+
+def make_estimate(objective: Objective) -> Callable[..., Any]:
+  """Returns a jitted `estimate(batches, step) -> [(advantages, returns)]`: of batches that were rolled out together.
+
+  What an advantage takes from the whole of a step, such as a mean or a deviation, is then the same however many updates
+  are made on it. The batches have one shape, and no group in common.
+  """
+
+  @jax.jit
+  def estimate(batches: list[TrainBatch], step: jax.Array):
+    rows, joint = batches[0].tokens.shape[0], _joined(batches)
+    found = objective.estimate(joint._replace(step=step))
+    of = lambda i: slice(i * rows, (i + 1) * rows)
+    return [(found.advantages[:, of(i)], found.returns[of(i)]) for i in range(len(batches))]
+
+  return estimate
+
+
+def _joined(batches: list[TrainBatch]) -> TrainBatch:
+  """Puts batches below each other; what counts from 0 in each of them goes on counting."""
+  count, tokens = batches[0].weights.shape[0], batches[0].tokens.size
+  shifted = []
+  for i, batch in enumerate(batches):
+    on = lambda x, by: jnp.where(jnp.asarray(x) >= 0, x + by, x)
+    nodes = {name: on(batch.token_parts[name], i * tokens) for name in NODE_PARTS if name in batch.token_parts}
+    shifted.append(batch._replace(
+        trajectory_ids=on(batch.trajectory_ids, i * count), group_ids=batch.group_ids + i * count,
+        token_parts={**batch.token_parts, **nodes}))
+  join = lambda *x: jnp.concatenate(x) if jnp.ndim(x[0]) in (1, 2) else x[0]
+  return jax.tree.map(join, *shifted)
 
 
 def make_score(config: ModelConfig, *, micro_batches: int, temperature: float = 1.0,
