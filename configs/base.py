@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
 
   c.reward = ConfigDict()
   c.reward.name = 'reasoning_gym'  # a module of agentrl/rewards
-  c.reward.weights = ConfigDict()  # by part; empty is 1 for accuracy
+  c.reward.weights = ConfigDict()  # by part; empty is 1 for accuracy; a number here and below may be a {'schedule': ...} over the steps
   c.reward.shapings = ()  # {'name': module of agentrl/rewards/shaping, **options} each, in order
 
   c.rollout = ConfigDict()

@@ -121,7 +121,7 @@ class _Shared:
       self._parts[key] = build.build(config, own)
     kept = self._parts[key]
     model = dataclasses.replace(kept.model, value_head=build.needs_value_head(config))
-    reward = rewards.make(config.reward.name, config.reward.weights.to_dict(), config.reward.shapings)
+    reward = build.make_reward(config)
     # Programs for one device compile several times as fast.
     mesh = meshes.make_mesh({}, jax.devices()[:1])
     parts = dataclasses.replace(kept, config=config, workdir=workdir, model=model, mesh=mesh, reward=reward)

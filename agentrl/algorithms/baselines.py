@@ -52,13 +52,13 @@ def rloo(*, kl_in_reward: float = 0.0, part: str = 'total') -> Advantage:
   """
   def estimate(batch, loss_mask):
     rewards = choices.reward_of(batch, part)
-    if kl_in_reward:
+    if not choices.is_off(kl_in_reward):
       drift = jnp.where(loss_mask, batch.behaviour_log_probs - batch.reference_log_probs, 0.0)
       rewards -= kl_in_reward * _tokens(batch, loss_mask, drift)
     return Estimate(advantages_lib.group_leave_one_out(
         rewards, advantages_lib.dense_groups(batch.group_ids), batch.baseline_mask, rewards.size))
 
-  return Advantage('rloo', estimate, min_group=2, needs_reference=kl_in_reward != 0)
+  return Advantage('rloo', estimate, min_group=2, needs_reference=not choices.is_off(kl_in_reward))
 
 
 @choices.ADVANTAGES.register('turn_rows_z')

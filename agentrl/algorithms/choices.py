@@ -54,12 +54,16 @@ def advantage(name: str, **options) -> Advantage:
   """
   factory = ADVANTAGES.get(name)
   made = _bind('advantage', name, factory, options)()
-  return dataclasses.replace(made, reads=(*made.reads, *_reads(factory, options)))
+  made = dataclasses.replace(made, reads=(*made.reads, *_reads(factory, options)))
+  if not _scheduled(options):
+    return made
+  return dataclasses.replace(made, function=lambda batch, loss_mask: factory(
+      **_at(options, batch.step)).function(batch, loss_mask))
 
 
 def ratio(name: str, **options) -> Choice:
   """Makes a ratio choice: 'token', 'segment_geo', 'sequence_geo', 'trajectory_prod' or 'off', or one registered."""
-  return _choice('ratio', name, RATIOS, options)
+  return _choice('ratio', name, RATIOS, options, _of_part)
 
 
 def clip(name: str, **options) -> Choice:
@@ -67,18 +71,9 @@ def clip(name: str, **options) -> Choice:
 
   Args:
     name: 'asym', 'recip', 'weight_sg', 'one_sided_neg', 'none', 'log_likelihood', or one registered.
-    **options: Of the rule; those left out keep its defaults. A function of the step is called with it.
+    **options: Of the rule; those left out keep its defaults.
   """
-  rule = _choice('clip', name, CLIPS, options)
-  scheduled = {k: v for k, v in options.items() if callable(v)}
-  if not scheduled:
-    return rule
-
-  def function(ratios_, advantages, log_probs, batch):
-    now = {k: v(batch.steps[0]) for k, v in scheduled.items()}
-    return rule.function(ratios_, advantages, log_probs, batch, **now)
-
-  return dataclasses.replace(rule, function=function)
+  return _choice('clip', name, CLIPS, options, _of_part)
 
 
 def aggregation(name: str, **options) -> Choice:
@@ -105,24 +100,29 @@ def credit(level: str) -> Credit:
 
 def credit_map(name: str, **options) -> Choice:
   """Makes a change of the tokens' advantages: `rule(batch, advantages [B, T], loss_mask, **options)`."""
-  return _choice('credit map', name, MAPS, options)
+  return _choice('credit map', name, MAPS, options, _of_batch)
 
 
 def rows(name: str, **options) -> Choice:
   """Makes a choice of a channel's trajectories: `rule(batch, **options) -> [N]`."""
-  return _choice('rows', name, ROWS, options)
+  return _choice('rows', name, ROWS, options, _of_batch)
 
 
 def channel_filter(name: str, **options) -> Choice:
   """Makes a choice of a channel's trajectories by advantage: `rule(batch, advantages [B, T], **options) -> [N]`."""
-  return _choice('filter', name, FILTERS, options)
+  return _choice('filter', name, FILTERS, options, _of_batch)
 
 
 def regulariser(name: str, **options) -> Regulariser:
   """Makes a regulariser of coefficient 1: 'kl', 'entropy', 'value', or one registered."""
   factory = REGULARISERS.get(name)
   made = _bind('regulariser', name, factory, options)()
-  return dataclasses.replace(made, reads=(*made.reads, *_reads(factory, options)))
+  made = dataclasses.replace(made, reads=(*made.reads, *_reads(factory, options)))
+  if not _scheduled(options):
+    return made
+  function = lambda outputs, batch: factory(**_at(options, batch.steps[0])).function(outputs, batch)
+  where = lambda batch: factory(**_at(options, batch.step)).where(batch)
+  return dataclasses.replace(made, function=function, where=made.where and where)
 
 
 def reads_a_channel(name: str) -> bool:
@@ -137,9 +137,34 @@ def reward_of(batch: Any, part: str) -> Any:
   return batch.rewards if part == 'total' else batch.parts[part]
 
 
-def _choice(axis, name, registry, options):
+def _choice(axis, name, registry, options, step_of=None):
+  """Binds a rule; `step_of` finds the step in its arguments, where its numbers may depend on that."""
   rule = registry.get(name)
-  return Choice(name, _bind(axis, name, rule, options), _reads(rule, options))
+  bound = _bind(axis, name, rule, options)
+  if _scheduled(options):
+    if step_of is None:
+      raise ValueError(f'{axis} {name!r} cannot go with a schedule; give it a number')
+    bound = lambda *given: rule(*given, **_at(options, step_of(given)))
+  return Choice(name, bound, _reads(rule, options))
+
+
+def _of_batch(given):
+  """Of a rule that gets a whole batch first."""
+  return given[0].step
+
+
+def _of_part(given):
+  """Of a rule that gets a micro-batch last."""
+  return given[-1].steps[0]
+
+
+def _scheduled(options):
+  return any(callable(value) for value in options.values())
+
+
+def _at(options, step):
+  """Options as they are at a step."""
+  return {name: value(step) if callable(value) else value for name, value in options.items()}
 
 
 def _reads(function, options):
@@ -186,8 +211,8 @@ def _sum(*, terms: Mapping[str, Mapping[str, Any]]) -> Advantage:
   """Adds advantages of any level on the tokens; each term is an advantage's name and options, and a 'weight'."""
   made, weights = [], []
   for label, term in terms.items():
-    options = dict(term)
-    weights.append(schedules.make(f'advantage sum, {label}', options.pop('weight', 1.0)))
+    options = schedules.made(f'advantage sum, {label}', term)
+    weights.append(options.pop('weight', 1.0))
     made.append(advantage(**options))
 
   def estimate(batch, loss_mask):
@@ -218,7 +243,7 @@ def _gae(*, gamma: float = 1.0, lam: float = 1.0, whiten: bool = True, kl_in_rew
     return Estimate(advantages_lib.global_whiten(raw, loss_mask) if whiten else raw, returns)
 
   return Advantage('gae', estimate, level='token', needs_values=True,
-                   needs_reference=kl_in_reward != 0, gives_returns=True)
+                   needs_reference=not is_off(kl_in_reward), gives_returns=True)
 
 
 @ADVANTAGES.register('reward_to_go')
@@ -236,8 +261,13 @@ def _reward_to_go(*, gamma: float = 1.0, whiten: bool = True, group_baseline: bo
                          gamma=gamma)
     return Estimate(advantages_lib.global_whiten(raw, loss_mask) if whiten else raw)
 
-  return Advantage('reward_to_go', estimate, level='token', needs_reference=kl_in_reward != 0,
+  return Advantage('reward_to_go', estimate, level='token', needs_reference=not is_off(kl_in_reward),
                    min_group=2 if group_baseline else 1)
+
+
+def is_off(number: Any) -> bool:
+  """Whether a number is 0, once and for all: what a schedule gives may be 0 for now."""
+  return isinstance(number, (int, float)) and number == 0
 
 
 def _token_rewards(batch, final, loss_mask, kl_in_reward, turn_part):
@@ -245,7 +275,7 @@ def _token_rewards(batch, final, loss_mask, kl_in_reward, turn_part):
   rewards = gae_lib.place_terminal_reward(final, batch.trajectory_ids, batch.segment_ids, loss_mask)
   if turn_part:
     rewards += jnp.where(loss_mask, batch.token_parts[turn_part], 0.0)
-  if kl_in_reward:
+  if not is_off(kl_in_reward):
     drift = jnp.where(loss_mask, batch.behaviour_log_probs - batch.reference_log_probs, 0.0)
     rewards -= kl_in_reward * drift
   return rewards
@@ -336,8 +366,8 @@ def _bind(axis: str, name: str, function: Callable[..., Any], options: Mapping[s
   return functools.partial(function, **options)
 
 
-def check_unit(**numbers: float):
-  """Raises a ValueError that names the first number outside [0, 1]."""
+def check_unit(**numbers: Any):
+  """Raises a ValueError that names the first number outside [0, 1]; what a schedule gives is not looked at."""
   for name, number in numbers.items():
-    if not 0.0 <= number <= 1.0:
+    if isinstance(number, (int, float)) and not 0.0 <= number <= 1.0:
       raise ValueError(f'{name}={number} must lie in [0, 1]')

@@ -128,7 +128,7 @@ def _pessimistic(ratio, advantages, log_probs, lower, upper, dual):
   low = (advantages < 0) & (ratio < lower)
   high = (advantages > 0) & (ratio > upper)
   if dual is not None:
-    if dual <= upper:
+    if isinstance(dual, (int, float)) and isinstance(upper, (int, float)) and dual <= upper:
       raise ValueError(f'dual={dual} would bound the loss inside the band, which ends at {upper}')
     loss = jnp.where(advantages < 0, jnp.minimum(loss, -advantages * dual), loss)
     high |= (advantages < 0) & (ratio > dual)

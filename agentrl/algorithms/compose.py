@@ -61,8 +61,7 @@ def channel(*, name: str, default: Any = 'tok_mean', advantage: Any = 'z', ratio
 def _make(factory, choice: Any):
   if isinstance(choice, str):
     return factory(choice)
-  options = {key: schedules.make(key, value) if schedules.is_schedule(value) else value
-             for key, value in choice.items()}
+  options = schedules.made('a choice', choice)
   return factory(registry.pop_name('a choice', options), **options)
 
 
@@ -76,8 +75,8 @@ def _several(factory, given: Any) -> tuple[Choice, ...]:
 def _regulariser(label: str, value: Any, default: Any, channels: list[str]) -> Regulariser | None:
   if not isinstance(value, Mapping) or schedules.is_schedule(value):
     value = {'coef': value}
-  options = dict(value)
-  coefficient = schedules.make(f'{label}.coef', options.pop('coef', 1.0))
+  options = schedules.made(label, value)
+  coefficient = options.pop('coef', 1.0)
   aggregation = _make(choices.aggregation, options.pop('aggregation', default))
   name = options.pop('name', label)
   if choices.reads_a_channel(name):

@@ -1,4 +1,4 @@
-"""Numbers that change over the updates of a stage: any scalar of an objective may be one.
+"""Numbers that change: any scalar of an objective over the updates of a stage, and of selectors and rewards over its steps.
 
 In a config a schedule is a section instead of a number:
 
@@ -38,6 +38,28 @@ def make(section: str, value: Any) -> Scalar:
     raise ValueError(f"{section} is a section without 'schedule'; write a number, or name one of "
                      f'{", ".join(SCHEDULES.names())}')
   return registry.call(section, SCHEDULES.get(options.pop('schedule')), options)
+
+
+def made(section: str, options: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns options in which each schedule has become a function of the step; others, sections too, stay as they are.
+
+  Example:
+    >>> sorted(made('clip', {'low': .2, 'high': {'schedule': 'switch', 'before': .2, 'after': .3, 'at': 5}}))
+    ['high', 'low']
+  """
+  return {key: make(f'{section}, {key}', value) if is_schedule(value) else value for key, value in options.items()}
+
+
+def on_host(options: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns options in which each schedule has become a function from the step of a stage to a Python number.
+
+  Example:
+    >>> on_host({'share': {'schedule': 'linear', 'start': 0.0, 'end': 1.0, 'steps': 4}})['share'](1)
+    0.25
+  """
+  found = made('options', options)
+  return {key: (lambda step, f=value: float(f(step))) if is_schedule(options[key]) else value
+          for key, value in found.items()}
 
 
 def is_schedule(value: Any) -> bool:

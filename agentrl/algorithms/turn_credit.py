@@ -138,7 +138,7 @@ def state_z(*, gamma: float = 0.95, std: bool = True, eps: float = 1e-6, part: s
 
 
 @choices.ADVANTAGES.register('suffix_sum')
-def suffix_sum(*, turn_part: str, alpha: Any = 0.1, part: str = 'total', by_root: bool = False,
+def suffix_sum(*, turn_part: str, alpha: float = 0.1, part: str = 'total', by_root: bool = False,
                eps: float = 1e-6) -> Advantage:
   """Makes an estimator that adds what later turns were worth, and the outcome, to each turn.
 
@@ -150,8 +150,7 @@ def suffix_sum(*, turn_part: str, alpha: Any = 0.1, part: str = 'total', by_root
 
   Args:
     turn_part: Reward part of turns.
-    alpha: Weight of the turns; a number, or a function of the step. 0.1 in the documentation, 0.2
-      in the script, and 0 after 20 epochs.
+    alpha: Weight of the turns. 0.1 in the documentation, 0.2 in the script, and 0 after 20 epochs.
     part: Outcome.
     by_root: Whether to divide a trajectory's s by the root of its number of turns.
     eps: Added to deviations.
@@ -168,8 +167,7 @@ def suffix_sum(*, turn_part: str, alpha: Any = 0.1, part: str = 'total', by_root
       steps = masked.safe_divide(steps, jnp.sqrt(jnp.maximum(count, 1.0)))
     outcome = choices.reward_of(batch, part)
     outcome = advantages.group_z(outcome, groups, batch.baseline_mask, groups.size, eps=eps)
-    weight = alpha(batch.step) if callable(alpha) else alpha
-    given = weight * steps + turns.rewards(batch, loss_mask, found, outcome)
+    given = alpha * steps + turns.rewards(batch, loss_mask, found, outcome)
     return Estimate(turns.on_turns(turns.returns(given, batch, found), found))
 
   return Advantage('suffix_sum', estimate, level='token', min_group=2)

@@ -19,6 +19,9 @@ SHAPINGS: registry.Registry[Callable[..., Any]] = registry.Registry(
     'reward shaping', package='agentrl.rewards.shaping')
 
 
+Number = float | Callable[[int], float]  # a number, or a function of the step of the stage
+
+
 class Component(Protocol):
   """Scores a finished trajectory. Pure; never raises for what a policy may have written.
 
@@ -106,13 +109,13 @@ class Reward:
     1.0
   """
 
-  def __init__(self, components: Sequence[Component], weights: Mapping[str, float],
+  def __init__(self, components: Sequence[Component], weights: Mapping[str, Number],
                shapings: Mapping[str, Shaping] | None = None):
     """Checks that weights and shapings speak of parts that exist.
 
     Args:
       components: What to compute; the parts without a weight are recorded and count nothing.
-      weights: By part.
+      weights: By part; a number, or a function of the step.
       shapings: By name, in the order they are applied.
     Raises:
       ValueError: if two components share a part, a weight has no part or is not finite, or a
@@ -124,8 +127,8 @@ class Reward:
     for name, weight in weights.items():
       if name not in names:
         raise ValueError(f'weight of unknown part {name!r}; parts: {sorted(names)}')
-      if not math.isfinite(weight):
-        raise ValueError(f'weight of {name!r} must be finite, got {weight}')
+      if not math.isfinite(_at(weight, 0)):
+        raise ValueError(f'weight of {name!r} must be finite, got {_at(weight, 0)}')
     self._components = tuple(components)
     self._weights = dict(weights)
     self._shapings = dict(shapings or {})
@@ -138,9 +141,13 @@ class Reward:
       self.names |= set(shaping.names)
       self.turn_names |= set(shaping.turn_names)
 
-  def __call__(self, task: types.Task, trajectory: types.Trajectory) -> dict[str, float]:
+  def __call__(self, task: types.Task, trajectory: types.Trajectory, step: int = 0) -> dict[str, float]:
     """Returns every part of one trajectory in its own unit, and 'total'; shapings left out.
 
+    Args:
+      task: What was asked.
+      trajectory: What came of it.
+      step: That weights are of.
     Raises:
       ValueError: if a component returns other parts than it names.
     """
@@ -150,7 +157,7 @@ class Reward:
       if set(new) != set(component.names):
         raise ValueError(f'{component} names parts {component.names} and returned {sorted(new)}')
       parts.update({name: float(value) for name, value in new.items()})
-    parts['total'] = float(sum(weight * parts[name] for name, weight in self._weights.items()))
+    parts['total'] = float(sum(_at(weight, step) * parts[name] for name, weight in self._weights.items()))
     return parts
 
   def check(self, task: types.Task, split: str = ''):
@@ -179,12 +186,30 @@ class Reward:
       ValueError: if a shaping returns other parts than it names, or not one number a turn.
     """
     for trajectory in trajectories:
-      trajectory.rewards.update(self(trajectory.task, trajectory))
+      trajectory.rewards.update(self(trajectory.task, trajectory, iteration.step))
     for label, shaping in self._shapings.items():
       own = dataclasses.replace(iteration, memory=iteration.memory.setdefault(label, {}))
       for trajectory, new in zip(trajectories, shaping(trajectories, own), strict=True):
         for name, value in new.items():
           _write_part(trajectory, label, shaping, name, value)
+
+
+class _Scheduled:
+  """A shaping some of whose numbers depend on the step."""
+
+  def __init__(self, label: str, options: Mapping[str, Any]):
+    self._make = lambda step: registry.call(
+        f'reward.shapings, {label}', SHAPINGS.get(label), {k: _at(v, step) for k, v in options.items()})
+    first = self._make(0)
+    self.needs, self.names, self.turn_names = first.needs, first.names, first.turn_names
+
+  def __call__(self, trajectories: Sequence[types.Trajectory],
+               iteration: types.Iteration) -> Sequence[Mapping[str, Any]]:
+    return self._make(iteration.step)(trajectories, iteration)
+
+
+def _at(value: Any, step: int) -> Any:
+  return value(step) if callable(value) else value
 
 
 def _write_part(trajectory: types.Trajectory, label: str, shaping: Shaping, name: str, value: Any):
@@ -198,14 +223,14 @@ def _write_part(trajectory: types.Trajectory, label: str, shaping: Shaping, name
     raise ValueError(f'reward shaping {label!r} returned the part {name!r}, which it does not name')
 
 
-def make(name: str, weights: Mapping[str, float] | None = None,
+def make(name: str, weights: Mapping[str, Number] | None = None,
          shapings: Sequence[Mapping[str, Any]] = ()) -> Reward:
   """Returns the reward of that name.
 
   Args:
     name: Of a module of this package, usually that of the data source.
-    weights: By part; None or {} is 1 for 'accuracy'.
-    shapings: The 'name' and the options of each, in order.
+    weights: By part; None or {} is 1 for 'accuracy'. Any of them may be a function of the step.
+    shapings: The 'name' and the options of each, in order; likewise.
   Raises:
     agentrl.core.registry.UnknownNameError: if a name is unknown; lists those there are.
     ValueError: if one is listed twice, or see `Reward`.
@@ -215,5 +240,8 @@ def make(name: str, weights: Mapping[str, float] | None = None,
     label = registry.pop_name('reward.shapings', options)
     if label in made:
       raise ValueError(f'reward shaping {label!r} is listed twice')
-    made[label] = registry.call(f'reward.shapings, {label}', SHAPINGS.get(label), options)
+    if any(callable(value) for value in options.values()):
+      made[label] = _Scheduled(label, options)
+    else:
+      made[label] = registry.call(f'reward.shapings, {label}', SHAPINGS.get(label), options)
   return Reward([*REWARDS.get(name)(), Format(), Calls(), Extent()], weights or {'accuracy': 1.0}, made)

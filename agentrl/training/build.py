@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from agentrl.algorithms import OBJECTIVES
+from agentrl.algorithms import OBJECTIVES, schedules
 from agentrl.core import registry
 from agentrl.core.types import Message
 from agentrl.data import base as data
@@ -129,8 +129,7 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Parts:
   call_format = (_from_checkpoint().call_format(config, named_tools) if published else
                  formats.make(config.tools.call_format, named_tools))
   sources = {split: _source(config, workdir, split) for split in ('train', 'test')}
-  reward = rewards.make(config.reward.name, config.reward.weights.to_dict(),
-                        config.reward.shapings)
+  reward = make_reward(config)
   for split, source in sources.items():
     for i in range(len(source)):
       reward.check(source[i], split)
@@ -178,6 +177,12 @@ def new_model_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
   """Returns the shape of a policy that starts from random parameters."""
   settings = {name: value for name, value in config.model.items() if name != 'checkpoint'}
   return ModelConfig(vocab_size=vocab_size, value_head=needs_value_head(config), **settings)
+
+
+def make_reward(config: ConfigDict) -> rewards.Reward:
+  """Returns the reward of a config; any of its numbers may be a schedule."""
+  return rewards.make(config.reward.name, schedules.on_host(config.reward.weights.to_dict()),
+                      [schedules.on_host(shaping) for shaping in config.reward.shapings])
 
 
 def needs_value_head(config: ConfigDict) -> bool:

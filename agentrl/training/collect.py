@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import time
 from typing import Any, Callable, Iterable, Mapping
@@ -10,6 +9,7 @@ from typing import Any, Callable, Iterable, Mapping
 import numpy as np
 
 from agentrl.agents import base as agents
+from agentrl.algorithms import schedules
 from agentrl.algorithms.selectors import COMPARES_GROUPS, SELECTORS, Candidates, Selection
 from agentrl.core import registry
 from agentrl.core.types import Iteration, Status, Task, Trajectory
@@ -99,7 +99,7 @@ class Collector:
       if self.memory:
         fresh = self._exchange(fresh, rng, host)
       trajectories += fresh
-      kept.append(self._select(fresh, rng))
+      kept.append(self._select(fresh, rng, host.stage_step))
       clock.lap('reward')
       selection = Selection(*map(np.concatenate, zip(*kept)))
       chosen = dict.fromkeys(t.group_id for t, w in zip(trajectories, selection.weights) if w > 0)
@@ -150,13 +150,13 @@ class Collector:
   def _exchange(self, fresh: list[Trajectory], rng: np.random.Generator, host: HostState) -> list[Trajectory]:
     return self.memory.exchange(fresh, rng, self._iteration(host, 'memory'))
 
-  def _select(self, trajectories: list[Trajectory], rng: np.random.Generator) -> Selection:
+  def _select(self, trajectories: list[Trajectory], rng: np.random.Generator, step: int) -> Selection:
     n = len(trajectories)
     parts = {name: np.array([t.rewards.get(name, 0.0) for t in trajectories], np.float32)
              for name in sorted(self.names)}
     candidates = Candidates(parts['total'], group_ids(trajectories), parts, np.ones(n, np.float32), np.ones(n, bool))
     for selector in self._selectors:
-      candidates = candidates._replace(**selector(candidates, rng)._asdict())
+      candidates = candidates._replace(**selector(candidates, rng, step)._asdict())
     return Selection(candidates.weights, candidates.baseline_mask)
 
   def _iteration(self, host: HostState, reader: str) -> Iteration:
@@ -206,7 +206,7 @@ def _first(source: Any, count: int) -> Any:
 
 
 def _selector(choice: Mapping[str, Any], group_size: int, parts: Iterable[str]) -> Callable[..., Selection]:
-  """Returns a selector with the options of a config's choice bound, tried on a step without trajectories.
+  """Returns a selector of a step's number too, with a config's options bound, tried on a step without trajectories.
 
   Raises:
     ValueError: if it does not take an option, refuses its value, reads a part that there is none of, or compares the
@@ -223,11 +223,13 @@ def _selector(choice: Mapping[str, Any], group_size: int, parts: Iterable[str]) 
   if group_size < 2 and name in COMPARES_GROUPS:
     raise ValueError(f'rl.select {name!r} compares the samples of a group and cannot go with rl.group_size={group_size}; '
                      "take a group size of at least 2, or one that judges each sample alone, such as 'mask_flags'")
-  bound = functools.partial(rule, **options)
+  options = schedules.on_host(options)
+  bound = lambda candidates, rng, step: rule(
+      candidates, rng, **{k: v(step) if callable(v) else v for k, v in options.items()})
   none = np.zeros(0, np.float32)
   nobody = Candidates(none, none.astype(np.int32), {part: none for part in parts}, none, none > 0)
   try:
-    bound(nobody, np.random.default_rng(0))
+    bound(nobody, np.random.default_rng(0), 0)
   except KeyError as error:
     raise ValueError(f'rl.select {name!r} reads the part {error} and cannot go with a reward that does not give it; '
                      f'parts: {", ".join(sorted(parts))}; add a shaping to reward.shapings') from error

@@ -50,15 +50,46 @@ def test_a_sum_of_advantages_is_the_sum():
   np.testing.assert_allclose(made.estimate(batch).advantages, single[0] + .5 * single[1], rtol=1e-6)
 
 
+def _with(number):
+  """Returns an objective with many numbers `number(start, end)`: each channel and regulariser has one or two."""
+  n = number
+  channels = {
+      'weight': {'weight': n(1., 2.)},
+      'bounds': {'clip': {'name': 'asym', 'high': n(.2, .4), 'low': n(.2, .5), 'dual': n(2., 3.)}},
+      'discounts': {'advantage': {'name': 'gae', 'gamma': n(1., .5), 'lam': n(.9, .5)}},
+      'to_go': {'advantage': {'name': 'reward_to_go', 'kl_in_reward': n(0., .2)}},
+      'rloo': {'advantage': {'name': 'rloo', 'kl_in_reward': n(0., .2)}},
+      'suffix': {'advantage': {'name': 'suffix_sum', 'turn_part': 's', 'alpha': n(.2, 0.)}},
+      'terms': {'advantage': {'name': 'sum', 'terms': {
+          'a': {'name': 'z', 'weight': n(1., 0.)}, 'b': {'name': 'disc_segment_return', 'gamma': n(1., .5)}}}},
+      'map': {'maps': {'name': 'entropy_scale', 'weight': n(0., 1.)}},
+      'count': {'maps': {'name': 'clip_cov', 'ratio': n(.1, .3), 'low': .01}},
+      'filter': {'filters': {'name': 'abs_adv', 'least': n(0., 1.)}}}
+  regularisers = {'kl': n(0., .2), 'llds': {'coef': .2, 'answer': n(0., 1.), 'channel': 'weight'},
+                  'value': {'coef': .5, 'clip': n(.2, .6)}}
+  return algorithms.make('compose', channels=channels, regularisers=regularisers)
+
+
+@pytest.mark.usefixtures('quick_compile')
 def test_any_number_may_be_a_schedule():
-  batch, outputs = example_batch()
-  ramp = lambda start, end: {'schedule': 'linear', 'start': start, 'end': end, 'steps': 2}
-  moving = algorithms.make('compose', channels={'policy': {
-      'clip': {'name': 'asym', 'high': ramp(.2, .4)}, 'weight': ramp(1., 2.)}}, regularisers={'kl': ramp(0., .2)})
-  for step, (high, weight, coef) in enumerate([(.2, 1., 0.), (.3, 1.5, .1), (.4, 2., .2)]):
-    fixed = algorithms.make('compose', channels={'policy': {
-        'clip': {'name': 'asym', 'high': high}, 'weight': weight}}, regularisers={'kl': coef})
-    np.testing.assert_allclose(_loss(moving, batch, outputs, step)[0], _loss(fixed, batch, outputs)[0], rtol=1e-5)
+  moving = _with(lambda start, end: {'schedule': 'linear', 'start': start, 'end': end, 'steps': 2})
+  assert moving.needs_reference
+  batch, outputs = example_batch(reads=('s', *moving.reads))
+  run = lambda made: jax.jit(lambda s: made.loss(outputs, made.prepare(jax.tree.map(jax.numpy.asarray, batch), s))[1].sums)
+  found, seen = run(moving), {}
+  for step, share in ((0, 0.), (1, .5), (2, 1.)):
+    at, want = found(step), run(_with(lambda start, end, p=share: start + (end - start) * p))(step)
+    for name in (*(c.name for c in moving.channels), 'llds', 'value'):
+      np.testing.assert_allclose(at[f'loss/{name}'][0], want[f'loss/{name}'][0], rtol=1e-5, atol=1e-7, err_msg=name)
+      seen.setdefault(name, set()).add(float(at[f'loss/{name}'][0]))
+  # It is the numbers that move.
+  assert all(len(values) > 1 for values in seen.values()), seen
+
+
+def test_a_constant_of_an_aggregation_is_no_schedule():
+  with pytest.raises(ValueError, match="'sum_over_constant' cannot go with a schedule"):
+    algorithms.make('compose', aggregation={'name': 'sum_over_constant', 'max_tokens': {
+        'schedule': 'linear', 'start': 1, 'end': 2, 'steps': 2}})
 
 
 def test_maps_rows_and_filters_act_where_they_say():

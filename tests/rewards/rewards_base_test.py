@@ -74,6 +74,22 @@ class _Best:
              'index': [turn.index for turn in t.turns]} for t in trajectories]
 
 
+def test_weights_and_the_numbers_of_shapings_may_depend_on_the_step():
+  # The bonus fades by its own option 'most', and a failed call costs more at every step.
+  shapings = [{'name': 'tool_use'}, {'name': 'bonus_anneal', 'steps': 99, 'most': lambda step: 0.1 * step}]
+  reward = base.make('chains', {'failed_calls': lambda step: -1.0 * step}, shapings)
+  task = types.Task('0', 'chains', (), {'answer': '4', 'needed': []})
+  found = []
+  for step in range(3):
+    t = _trajectory(failed=2)
+    t.task, t.turns = task, [types.Turn(k, 0, 0, 0, '', 'stop', calls=(types.ToolCall('lookup', {}),),
+                                        results=(types.ToolResult((), ok=False),)) for k in range(2)]
+    reward.score([t], types.Iteration(step, 99))
+    found.append(t.rewards['total'] - t.rewards['tool_bonus'])
+    assert t.rewards['tool_bonus'] <= 0.1 * step and (t.rewards['tool_bonus'] > 0) == (step > 0)
+  assert found == [0.0, -2.0, -4.0]
+
+
 def _pair():
   trajectories = [_trajectory(calls=1), _trajectory(calls=3), _trajectory(calls=2)]
   trajectories[2].group_id = 'another'

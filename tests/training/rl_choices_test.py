@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from agentrl.algorithms.selectors import Candidates
 from agentrl.rollout import store
 from agentrl.training import build
-from agentrl.training.collect import ASKED_AGAIN
+from agentrl.training.collect import ASKED_AGAIN, _selector
 from agentrl.training.rl import ReinforcementStage
 from agentrl.training.state import HostState, LearnerState
 
@@ -89,3 +90,13 @@ def test_what_a_memory_holds_is_found_again(tiny_config, tiny_workdir, quick_com
   assert [t.task.id for t in later._collector.memory.trajectories] == held and len(held) == 4
   assert sum(first >= ASKED_AGAIN for _, first in tasks) == 2
   parts.close()
+
+
+def test_a_selectors_numbers_may_be_schedules_over_the_steps():
+  share = {'schedule': 'linear', 'start': 1.0, 'end': 0.25, 'steps': 3}
+  select = _selector({'name': 'top_std', 'share': share}, 2, ['total'])
+  step = Candidates(np.float32([0, 4, 0, 3, 0, 2, 0, 1]), np.repeat(np.arange(4, dtype=np.int32), 2), {},
+                    np.ones(8, np.float32), np.ones(8, bool))
+  # One group fewer at each step: the one that varies least.
+  kept = [int(select(step, np.random.default_rng(0), at).weights.sum()) for at in range(4)]
+  assert kept == [8, 6, 4, 2]
