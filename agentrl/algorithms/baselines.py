@@ -141,6 +141,71 @@ def batch_std(*, part: str = 'total', ddof: int = 0, eps: float = 1e-6) -> Advan
   return Advantage('batch_std', estimate, min_group=2)
 
 
+@choices.ADVANTAGES.register('gpg')
+def gpg(*, part: str = 'total', dead: str = 'rewards') -> Advantage:
+  """Makes an estimator that centres by group and makes up for what carries no signal, undivided by any deviation.
+
+      A_i = alpha (R_i - mean_g),     alpha = N / N_alive
+
+  To be taken with ratio 'off' and clip 'log_likelihood'.
+
+  Args:
+    part: Reward part R.
+    dead: What is not alive: 'rewards', trajectories of reward 0, as the code counts, or 'groups', those of groups
+      whose rewards are all equal, as the paper does.
+  Raises:
+    ValueError: if `dead` is neither.
+  Source: GPG, arXiv 2504.02546, as in volcengine/verl core_algos.py (recalled).  Deviation: 0 where there are no others.
+  """
+  if dead not in ('rewards', 'groups'):
+    raise ValueError(f"dead={dead!r} is neither 'rewards' nor 'groups'")
+
+  def estimate(batch, loss_mask):
+    del loss_mask
+    rewards, counted = choices.reward_of(batch, part), batch.baseline_mask
+    groups = advantages_lib.dense_groups(batch.group_ids)
+    away = advantages_lib.group_center(rewards, groups, counted, rewards.size)
+    if dead == 'groups':
+      alive = ~advantages_lib.group_statistics(rewards, groups, counted, rewards.size).equal
+    else:
+      alive = rewards != 0
+    share = masked.safe_divide(jnp.sum(counted, dtype=jnp.float32), jnp.sum(counted & alive, dtype=jnp.float32))
+    return Estimate(away * share)
+
+  return Advantage('gpg', estimate, min_group=2)
+
+
+@choices.ADVANTAGES.register('pass_k')
+def pass_k(*, part: str = 'total', std: bool = True, ddof: int = 1, eps: float = 1e-6) -> Advantage:
+  """Makes an estimator that credits the best of a group alone, with what it adds to the second best.
+
+      A_best = (R_best - R_second) / (std_g + eps)          0 for all others, and where the best is not alone
+
+  Args:
+    part: Reward part R.
+    std: Whether to divide by the deviation.
+    ddof: Of the deviation.
+    eps: Added to it.
+  Source: arXiv 2503.19595, as in volcengine/verl core_algos.py.  Deviation: 0 where there are no others; the release
+    refuses such groups.
+  """
+  def estimate(batch, loss_mask):
+    del loss_mask
+    rewards, counted = choices.reward_of(batch, part), batch.baseline_mask
+    rewards = jax.lax.stop_gradient(rewards)
+    groups = advantages_lib.dense_groups(batch.group_ids)
+    stats = advantages_lib.group_statistics(rewards, groups, counted, rewards.size, ddof)
+    largest = lambda kept: jax.ops.segment_max(
+        jnp.where(kept, rewards, -jnp.inf), groups, num_segments=rewards.size)[groups]
+    best = largest(counted)
+    at_top = counted & (rewards == best)
+    alone = jax.ops.segment_sum(at_top.astype(jnp.float32), groups, num_segments=rewards.size)[groups] == 1
+    gain = jnp.where(at_top & alone & (stats.count >= 2), best - largest(counted & ~at_top), 0.0)
+    return Estimate(gain / (jnp.sqrt(stats.variance) + eps) if std else gain)
+
+  return Advantage('pass_k', estimate, min_group=2)
+
+
 @choices.MAPS.register('batch_z')
 def batch_z(batch: Any, advantages: chex.Array, loss_mask: chex.Array, *, level: str = 'trajectory',
             eps: float = 1e-9) -> chex.Array:

@@ -62,7 +62,7 @@ def advantage(name: str, **options) -> Advantage:
 
 
 def ratio(name: str, **options) -> Choice:
-  """Makes a ratio choice: 'token', 'segment_geo', 'sequence_geo', 'trajectory_prod' or 'off', or one registered."""
+  """Makes a ratio choice: 'token', 'segment_geo', 'segment_prod', 'sequence_geo', 'trajectory_prod', 'off', or another."""
   return _choice('ratio', name, RATIOS, options, _of_part)
 
 
@@ -126,7 +126,7 @@ def regulariser(name: str, **options) -> Regulariser:
 
 
 def reads_a_channel(name: str) -> bool:
-  """Whether a regulariser reads the advantages of a channel: whether it has an option 'channel', the channel's index."""
+  """Whether a regulariser reads the advantages of a channel, whose index its option 'channel' is."""
   return 'channel' in inspect.signature(REGULARISERS.get(name)).parameters
 
 
@@ -295,6 +295,12 @@ def _off(log_probs, batch):
 def _segment_geo(log_probs, batch):
   return ratios.segment_geo(log_probs, batch.behaviour_log_probs, batch.loss_mask,
                             batch.segment_ids, batch.turn_ids)
+
+
+@RATIOS.register('segment_prod')
+def _segment_prod(log_probs, batch):
+  return ratios.segment_prod(log_probs, batch.behaviour_log_probs, batch.loss_mask,
+                             batch.segment_ids, batch.turn_ids)
 
 
 @RATIOS.register('sequence_geo')

@@ -90,7 +90,7 @@ def _index(label: str, channel: str | None, channels: list[str]) -> int:
   if channel is None and len(channels) == 1:
     return 0
   if channel not in channels:
-    raise ValueError(f'regulariser {label!r} reads the advantages of one channel and cannot go with channel={channel!r} '
+    raise ValueError(f'regulariser {label!r} reads the advantages of a channel and cannot go with channel={channel!r} '
                      f'where there are {", ".join(channels)}; name one of them')
   return channels.index(channel)
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from agentrl.algorithms import choices, ratios
 from agentrl.core import masked
 
-LEVELS = ('token', 'segment', 'sequence')
+# 'product' is the whole sequence's ratio, 'sequence' its geometric mean.
+LEVELS = ('token', 'segment', 'sequence', 'product')
 
 
 @choices.MAPS.register('mismatch_mask')
@@ -26,7 +27,7 @@ def mismatch_mask(batch: Any, advantages: chex.Array, loss_mask: chex.Array, *,
                   part: str = 'sampler_log_prob') -> chex.Array:
   """Takes the advantage away where the mean ratio lies outside a band.
 
-      A <- A [low <= s <= high],     s = exp(mean of b - s over the token, turn or sequence)
+      A <- A [low <= r <= high],     r = exp(mean of b - s over the token, turn or sequence)
 
   What is taken away still counts in the aggregation's denominators.
 
@@ -34,7 +35,7 @@ def mismatch_mask(batch: Any, advantages: chex.Array, loss_mask: chex.Array, *,
     batch: A TrainBatch.
     advantages: [B, T] float32.
     loss_mask: [B, T] bool.
-    level: 'token', 'segment' (a turn, IPA's chunk) or 'sequence'.
+    level: 'token', 'segment' (a turn, IPA's chunk), 'sequence', or 'product', the sum instead of the mean.
     low: Lower bound; 0 for IPA, which has only an upper one.
     high: Upper bound. IPA's value was not found; the band is ROLL's.
     part: Token part with the sampler's log-probs.
@@ -52,13 +53,13 @@ def mismatch_weight(batch: Any, advantages: chex.Array, loss_mask: chex.Array, *
                     part: str = 'sampler_log_prob') -> chex.Array:
   """Weighs by the ratio, at most `cap`, and drops sequences in which a token is far off.
 
-      A <- A min(s, cap) [all r_t of the sequence >= veto]
+      A <- A min(r, cap) [all r_t of the sequence >= veto]
 
   Args:
     batch: A TrainBatch.
     advantages: [B, T] float32.
     loss_mask: [B, T] bool.
-    level: 'token', 'segment' or 'sequence'.
+    level: 'token', 'segment', 'sequence' or 'product'.
     cap: Largest weight; 2 in CM2, 1.2 in ROLL.
     veto: Smallest ratio of a token that is put up with; 1e-4 in CM2, 0 for none.
     part: Token part with the sampler's log-probs.
@@ -72,14 +73,14 @@ def mismatch_weight(batch: Any, advantages: chex.Array, loss_mask: chex.Array, *
 
 
 def mismatch(batch: Any, loss_mask: chex.Array, level: str, part: str) -> chex.Array:
-  """Returns the geometric mean of the ratios r at a level, [B, T] float32; 1 outside the loss mask.
+  """Returns the geometric mean of the ratios r at a level, or their product, [B, T] float32; 1 outside the loss mask.
 
   A token whose sampling log-prob is unknown, NaN, counts as agreed upon.
 
   Args:
     batch: A TrainBatch.
     loss_mask: [B, T] bool.
-    level: 'token', 'segment' or 'sequence'.
+    level: 'token', 'segment', 'sequence' or 'product'.
     part: Token part with the sampler's log-probs.
   Raises:
     ValueError: if `level` is unknown.
@@ -93,4 +94,5 @@ def mismatch(batch: Any, loss_mask: chex.Array, level: str, part: str) -> chex.A
     return ratios.token(behaviour, sampler, loss_mask)
   if level == 'segment':
     return ratios.segment_geo(behaviour, sampler, loss_mask, batch.segment_ids, batch.turn_ids)
-  return ratios.sequence_geo(behaviour, sampler, loss_mask, batch.segment_ids)
+  whole = ratios.trajectory_prod if level == 'product' else ratios.sequence_geo
+  return whole(behaviour, sampler, loss_mask, batch.segment_ids)

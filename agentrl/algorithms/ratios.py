@@ -1,4 +1,4 @@
-"""Importance ratios between the policy and the behaviour that sampled, at four levels.
+"""Importance ratios between the policy and the behaviour that sampled, at several levels.
 
 Axes: B rows, T tokens. Each function returns one ratio a token, [B, T] float32, 1 outside the loss
 mask. Above the token level the number is shared by the tokens of a sequence or segment, while the
@@ -99,6 +99,20 @@ def segment_geo(log_probs: chex.Array, behaviour_log_probs: chex.Array, loss_mas
   runs = run_ids(loss_mask, segment_ids, turn_ids)
   return _shared(log_probs, _mean_within(log_probs, behaviour_log_probs, loss_mask, runs),
                  loss_mask)
+
+
+def segment_prod(log_probs: chex.Array, behaviour_log_probs: chex.Array, loss_mask: chex.Array,
+                 segment_ids: chex.Array, turn_ids: chex.Array) -> chex.Array:
+  """Returns the product of the token ratios of each run of sampled tokens: the exact weight of a turn.
+
+      s = exp(sum of d_t over the run)            log clamped to +-20, then 10
+
+  Args: as in `segment_geo`.
+  Source: LOOP compares it with the other levels, recalled.  Deviation: the clamps.
+  """
+  runs = run_ids(loss_mask, segment_ids, turn_ids)
+  total = masked.row_segment_sum(log_ratio(log_probs, behaviour_log_probs, loss_mask), runs)
+  return _shared(log_probs, jnp.maximum(total, -MAX_LOG_RATIO), loss_mask)
 
 
 def trajectory_prod(log_probs: chex.Array, behaviour_log_probs: chex.Array, loss_mask: chex.Array,

@@ -1,4 +1,4 @@
-"""Numbers that change: any scalar of an objective over the updates of a stage, and of selectors and rewards over its steps.
+"""Numbers that change: those of an objective over the updates of a stage, those of selectors and rewards over its steps.
 
 In a config a schedule is a section instead of a number:
 

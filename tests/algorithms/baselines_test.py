@@ -77,6 +77,33 @@ def test_leave_one_out_of_rewards_less_divergence(coefficient):
   _check(_estimate('rloo', kl_in_reward=coefficient), want)
 
 
+@pytest.mark.parametrize('dead', ['rewards', 'groups'])
+def test_centred_rewards_make_up_for_what_carries_no_signal(dead):
+  batch = _batch()
+  # One group fails as a whole, and one trajectory of another.
+  rewards = np.where((batch.group_ids == 1) | (np.arange(14) == 0), np.float32(0), batch.rewards)
+  batch, want = batch._replace(rewards=rewards), np.zeros(12)
+  counted_in_all = [i for _, counted in _groups(batch) for i in counted]
+  alive = [i for i in counted_in_all if (rewards[i] != 0 if dead == 'rewards' else batch.group_ids[i] != 1)]
+  for members, counted in _groups(batch):
+    want[members] = len(counted_in_all) / len(alive) * (rewards[members] - rewards[counted].mean())
+  _check(_estimate('gpg', batch, dead=dead), want)
+
+
+@pytest.mark.parametrize('std', [False, True])
+def test_the_best_of_a_group_is_credited_with_what_it_adds_to_the_second(std):
+  batch, want = _batch(), np.zeros(12)
+  tied = batch.rewards.copy()
+  for _, counted in _groups(batch):
+    first, second = sorted(counted, key=lambda i: -batch.rewards[i])[:2]
+    scale = np.std(batch.rewards[counted], ddof=1) + 1e-6 if std else 1
+    want[first] = (batch.rewards[first] - batch.rewards[second]) / scale
+    tied[first] = tied[second]
+  _check(_estimate('pass_k', std=std), want)
+  # Two that are best add nothing to each other.
+  np.testing.assert_array_equal(_estimate('pass_k', batch._replace(rewards=tied), std=std), 0)
+
+
 def test_without_divergence_it_is_loo_and_needs_no_reference():
   np.testing.assert_allclose(_estimate('rloo'), _estimate('loo'), rtol=1e-6)
   assert not choices.advantage('rloo').needs_reference and choices.advantage('rloo', kl_in_reward=.1).needs_reference

@@ -24,16 +24,17 @@ def _maps(batch, **options):
 def _level(batch, level):
   gap = batch.behaviour_log_probs - batch.token_parts['sampler_log_prob']
   runs = np.asarray(ratios.run_ids(batch.loss_mask, batch.segment_ids, batch.turn_ids))
-  ids = {'segment': runs, 'sequence': batch.segment_ids}.get(level)
+  ids = {'segment': runs, 'sequence': batch.segment_ids, 'product': batch.segment_ids}.get(level)
+  over = np.sum if level == 'product' else np.mean
   out = gap.copy()
   for b in range(len(gap)) if ids is not None else ():
     for i in np.unique(ids[b]):
       own = (ids[b] == i) & batch.loss_mask[b]
-      out[b, own] = gap[b, own].mean() if own.any() else 0
+      out[b, own] = over(gap[b, own]) if own.any() else 0
   return np.exp(out)
 
 
-@pytest.mark.parametrize('level', ['token', 'segment', 'sequence'])
+@pytest.mark.parametrize('level', ['token', 'segment', 'sequence', 'product'])
 def test_what_lies_outside_the_band_has_no_advantage(level):
   batch = _batch()
   plain, changed = _maps(batch, name='mismatch_mask', level=level, low=.9, high=1.1)
@@ -43,7 +44,7 @@ def test_what_lies_outside_the_band_has_no_advantage(level):
   np.testing.assert_array_equal(changed, np.where(inside & batch.loss_mask, plain, 0))
 
 
-@pytest.mark.parametrize('level', ['token', 'segment', 'sequence'])
+@pytest.mark.parametrize('level', ['token', 'segment', 'sequence', 'product'])
 def test_weights_are_capped_and_far_tokens_veto_their_sequence(level):
   batch = _batch()
   plain, changed = _maps(batch, name='mismatch_weight', level=level, cap=1.05, veto=.75)

@@ -10,7 +10,7 @@ import pytest
 from agentrl.algorithms import choices, objective, ratios
 from agentrl.algorithms.examples import example_batch
 
-LEVELS = ('token', 'segment_geo', 'sequence_geo', 'trajectory_prod', 'off')
+LEVELS = ('token', 'segment_geo', 'segment_prod', 'sequence_geo', 'trajectory_prod', 'off')
 
 
 def _runs(batch):
@@ -38,11 +38,11 @@ def _reference(level, log_probs, batch):
   d = (log_probs - batch.behaviour_log_probs).astype(np.float64)
   out = np.ones(d.shape)
   parts = {'token': [[i] for i in zip(*np.nonzero(batch.loss_mask))], 'segment_geo': _runs(batch),
-           'sequence_geo': _sequences(batch), 'trajectory_prod': _sequences(batch), 'off': []}
+           'segment_prod': _runs(batch),           'sequence_geo': _sequences(batch), 'trajectory_prod': _sequences(batch), 'off': []}
   for part in parts[level]:
     logs = [d[i] for i in part]
     for i in part:
-      out[i] = np.exp(np.sum(logs) if level == 'trajectory_prod' else np.mean(logs))
+      out[i] = np.exp(np.sum(logs) if level.endswith('prod') else np.mean(logs))
   return out
 
 

@@ -39,7 +39,7 @@ FIXED = {
             'suffix': dict(name='suffix_sum', turn_part='progress', by_root=True,
                            alpha=dict(schedule='switch', before=.2, after=0., at=20)),
             'segment': dict(name='disc_segment_return', gamma=.9, group_baseline=True),
-            'opo': 'opo', 'batch_std': 'batch_std'}.items()})),
+            'opo': 'opo', 'batch_std': 'batch_std', 'gpg': 'gpg', 'pass_k': 'pass_k'}.items()})),
     'further maps': ('compose', dict(channels={
         name: dict(maps=(choice,)) for name, choice in {
             'prefix': 'prefix_mean', 'entropy': 'entropy_scale', 'mask': 'mismatch_mask',
