@@ -7,10 +7,12 @@ JAX_PLATFORMS=cuda or tpu in the environment runs the tests there instead.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 import pathlib
 import shutil
+import sys
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 _DEVICES = '--xla_force_host_platform_device_count'
@@ -29,6 +31,21 @@ hypothesis.settings.register_profile('thorough', deadline=None, max_examples=500
 hypothesis.settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'ci'))
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+# Linux gives a process 65,530 memory mappings, a compiled program takes several, and XLA crashes where
+# there is none left.
+_MOST_MAPPINGS = 20_000
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _bounded_mappings():
+  """Forgets all compiled programs after a file of tests that leaves many."""
+  yield
+  mappings = pathlib.Path('/proc/self/maps')
+  if 'jax' in sys.modules and mappings.exists() and mappings.read_bytes().count(b'\n') > _MOST_MAPPINGS:
+    sys.modules['jax'].clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope='session')
