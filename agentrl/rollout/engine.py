@@ -137,7 +137,7 @@ class Engine:
     self._enough, self._cutting, self._on_done = enough, False, on_done
     self._forget_cache()
     self.version = policy_version
-    self._wake = asyncio.Event()
+    self._wake, self._called = asyncio.Event(), False
     self._adopted: list[tuple[Session, asyncio.Task]] = []
     try:
       yield
@@ -293,12 +293,14 @@ class Engine:
     elif self._tasks:
       started = time.perf_counter()
       self._wake.clear()
-      if not self._queue and not self._ready:
+      if not self._queue and not self._ready and not self._called:
         await self._wake.wait()
+      self._called = False
       self.stats.idle_seconds += time.perf_counter() - started
 
   def wake(self):
-    """Makes a `serve` that waits return."""
+    """Makes a `serve` return that waits, or is about to."""
+    self._called = True
     self._wake.set()
 
   async def _settle(self):

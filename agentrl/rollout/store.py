@@ -81,20 +81,14 @@ class TrajectoryStore:
     """
     ids = sorted(
         {int(t) for trajectory in trajectories for s in trajectory.segments for t in s.tokens})
-    tasks, encoded = {}, []
-    for trajectory in trajectories:
-      task = json.dumps(_encode(dataclasses.asdict(trajectory.task)))
-      index = tasks.setdefault(task, len(tasks))  # The samples of a group share their task.
-      encoded.append({'task': index, **_encode_trajectory(trajectory)})
     document = {
         'format': _FORMAT,
         'step': int(step),
-        'tasks': [json.loads(task) for task in tasks],
         'pieces': {
             str(i): self._piece(i) for i in ids
         } if self._piece else {},
-        'extra': _encode(dict(extra or {})),
-        'trajectories': encoded,
+        'extra': encode(dict(extra or {})),
+        **encode_trajectories(trajectories),
     }
     return self._replace(self._path(step), json.dumps(document))
 
@@ -153,25 +147,50 @@ def read(path: str | os.PathLike) -> StoredStep:
   if document.get('format') != _FORMAT:
     raise ValueError(
         f'{path} has format {document.get("format")}; this version of agentrl reads {_FORMAT}')
-  tasks = [_decode_task(task) for task in document['tasks']]
-  trajectories = [_decode_trajectory(t, tasks) for t in document['trajectories']]
   pieces = {int(i): piece for i, piece in document['pieces'].items()}
-  return StoredStep(document['step'], trajectories, _decode(document['extra']), pieces)
+  return StoredStep(document['step'], decode_trajectories(document), decode(document['extra']), pieces)
 
 
-def _encode(value: Any) -> Any:
+def encode_trajectories(trajectories: Sequence[types.Trajectory]) -> dict[str, Any]:
+  """Returns trajectories as JSON types, for `decode_trajectories`."""
+  tasks, encoded = {}, []
+  for trajectory in trajectories:
+    task = json.dumps(encode_task(trajectory.task))
+    index = tasks.setdefault(task, len(tasks))  # The samples of a group share their task.
+    encoded.append({'task': index, **_encode_trajectory(trajectory)})
+  return {'tasks': [json.loads(task) for task in tasks], 'trajectories': encoded}
+
+
+def decode_trajectories(encoded: Mapping[str, Any]) -> list[types.Trajectory]:
+  """Returns what `encode_trajectories` was given."""
+  tasks = [decode_task(task) for task in encoded['tasks']]
+  return [_decode_trajectory(t, tasks) for t in encoded['trajectories']]
+
+
+def encode_task(task: types.Task) -> Any:
+  """Returns a task as JSON types, for `decode_task`."""
+  return encode(dataclasses.asdict(task))
+
+
+def decode_task(encoded: Mapping[str, Any]) -> types.Task:
+  """Returns what `encode_task` was given."""
+  fields = decode(encoded)
+  return types.Task(**{**fields, 'messages': tuple(types.Message(**m) for m in fields['messages'])})
+
+
+def encode(value: Any) -> Any:
   """Turns a value into JSON types; kinds that JSON lacks are tagged."""
   if value is None or isinstance(value,
                                  (str, bool, int, float)) and not isinstance(value, np.generic):
     return value
   if isinstance(value, Mapping) and all(isinstance(k, str) for k in value) and _TAG not in value:
-    return {k: _encode(v) for k, v in value.items()}
+    return {k: encode(v) for k, v in value.items()}
   if isinstance(value, Mapping):
-    return {_TAG: 'dict', 'items': [[_encode(k), _encode(v)] for k, v in value.items()]}
+    return {_TAG: 'dict', 'items': [[encode(k), encode(v)] for k, v in value.items()]}
   if isinstance(value, list):
-    return [_encode(v) for v in value]
+    return [encode(v) for v in value]
   if isinstance(value, tuple):
-    return {_TAG: 'tuple', 'items': [_encode(v) for v in value]}
+    return {_TAG: 'tuple', 'items': [encode(v) for v in value]}
   if isinstance(value, bytes):
     return {_TAG: 'bytes', 'data': base64.b64encode(value).decode()}
   if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
@@ -189,18 +208,19 @@ def _encode(value: Any) -> Any:
   return {_TAG: 'repr', 'data': repr(value)}
 
 
-def _decode(value: Any) -> Any:
+def decode(value: Any) -> Any:
+  """Returns what `encode` was given."""
   if isinstance(value, list):
-    return [_decode(v) for v in value]
+    return [decode(v) for v in value]
   if not isinstance(value, dict):
     return value
   kind = value.get(_TAG)
   if kind is None:
-    return {k: _decode(v) for k, v in value.items()}
+    return {k: decode(v) for k, v in value.items()}
   if kind == 'dict':
-    return {_decode(k): _decode(v) for k, v in value['items']}
+    return {decode(k): decode(v) for k, v in value['items']}
   if kind == 'tuple':
-    return tuple(_decode(v) for v in value['items'])
+    return tuple(decode(v) for v in value['items'])
   if kind == 'bytes':
     return base64.b64decode(value['data'])
   if kind == 'array':
@@ -225,13 +245,13 @@ def _encode_trajectory(trajectory: types.Trajectory) -> dict[str, Any]:
   fields['turns'] = [dataclasses.asdict(turn) for turn in trajectory.turns]
   fields['status'] = trajectory.status.value
   fields['boundary'] = trajectory.boundary and trajectory.boundary.value
-  return _encode(fields)
+  return encode(fields)
 
 
 def _decode_trajectory(encoded: Mapping[str, Any], tasks: Sequence[types.Task]) -> types.Trajectory:
   encoded = dict(encoded)
   task = tasks[encoded.pop('task')]
-  fields = _decode(encoded)
+  fields = decode(encoded)
   fields['segments'] = [_decode_segment(s, fields['policy_version']) for s in fields['segments']]
   fields['turns'] = [_decode_turn(t) for t in fields['turns']]
   fields['status'] = types.Status(fields['status'])
@@ -266,8 +286,3 @@ def _decode_turn(fields: Mapping[str, Any]) -> types.Turn:
           **result, 'parts': tuple(types.Part(**part) for part in result['parts'])
       }) for result in fields['results'])
   return types.Turn(**{**fields, 'calls': calls, 'results': results})
-
-
-def _decode_task(encoded: Mapping[str, Any]) -> types.Task:
-  fields = _decode(encoded)
-  return types.Task(**{**fields, 'messages': tuple(types.Message(**m) for m in fields['messages'])})
