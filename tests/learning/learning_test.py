@@ -7,18 +7,20 @@ negative of the reward must fail.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
 from agentrl.core.types import Message, Task
+from agentrl.data.base import SOURCES
+from agentrl.rewards.base import REWARDS
 from agentrl.rollout.session import trajectory_seed
 from agentrl.sharding import mesh as meshes
-from agentrl.tokens import chat, formats, tokenizer
+from agentrl.synthesis.base import DEMONSTRATORS, Trace
 from agentrl.tools import base as tools
-from agentrl.tools import executor as executors
 from agentrl.training import build
 from agentrl.training.evaluate import EvaluationStage, EvaluationWithoutToolsStage
 from agentrl.training.rl import ReinforcementStage
@@ -26,6 +28,9 @@ from agentrl.training.sft import SupervisedStage
 from agentrl.training.state import HostState, LearnerState
 
 SIZES = {
+    'tokenizer.vocab_size': '320',
+    'tokenizer.digit_group': '1',
+    'sft.traces': '1000',
     'model.width': '32',
     'model.ff_width': '64',
     'rollout.slots': '64',
@@ -71,42 +76,40 @@ def unrelated(seed):
   return seed // 10 % 10
 
 
-class Boxes(build.Parts):
-  """The parts of a run on boxes."""
+class BoxAccuracy:
+  """Parts 'accuracy' and 'success': 1 if the answer is what the box of this attempt holds, else 0."""
 
-  def demonstrations(self):
-    """As often right as a third of the time: look and tell, look elsewhere and tell, or guess."""
-    rng, chats = np.random.default_rng(0), []
-    for i in range(1000):
-      digit, way = str(rng.integers(10)), ('peek', 'roll', None)[i % 3]
-      messages = [Message('user', 'Box?')]
-      if way:
-        messages += [Message('assistant', f'<{way}>b</{way}>'), Message('tool', digit)]
-      chats.append(tuple(messages + [Message('assistant', digit)]))
-    return chats
+  names = ('accuracy', 'success')
+
+  def __call__(self, task, trajectory):
+    seed = trajectory_seed(trajectory.seed, task.id, trajectory.sample)[0]
+    right = float(trajectory.answer == str(held(seed)))
+    return {'accuracy': right, 'success': right}
 
 
-def reward(sign, task, trajectory):
-  seed = trajectory_seed(trajectory.seed, task.id, trajectory.sample)[0]
-  right = float(trajectory.answer == str(held(seed)))
-  return {'success': right, 'total': sign * right}
+def demonstrate(tasks, executor, *, seed, share_right, call_format):
+  """As often right as a third of the time: look and tell, look elsewhere and tell, or guess."""
+  del executor, share_right, call_format
+  rng, traces = np.random.default_rng(seed), []
+  for i, task in enumerate(tasks):
+    digit, way = str(rng.integers(10)), ('peek', 'roll', 'guess')[i % 3]
+    messages = list(task.messages)
+    if way != 'guess':
+      messages += [Message('assistant', f'<{way}>b</{way}>'), Message('tool', digit)]
+    messages.append(Message('assistant', digit))
+    traces.append(Trace(task, tuple(messages), way, way == 'peek'))
+  return traces
 
 
-def make_parts(config, folder, sign=1.0):
-  boxes = [Box('peek', held), Box('roll', unrelated)]
-  call_format = formats.xml_format(boxes)
-  texts = [
-      'Box?', '<peek>b</peek>', '<roll>b</roll>',
-      chat.describe_tools([{'name': t.name, 'parameters': t.parameters} for t in boxes])
-  ] * 20
-  tokens = tokenizer.train_tokenizer(texts, markers=call_format.markers, vocab_size=320,
-                                     digit_group=1)
-  source = [Task(f'box{i}', 'tools', (Message('user', 'Box?'),), None) for i in range(200)]
-  model = build.new_model_config(config, tokens.vocab_size)
-  mesh = meshes.make_mesh({}, jax.devices()[:1])
-  return Boxes(config, folder, model, mesh, tokens,
-               chat.ChatTemplate(tokens, call_format.stops), boxes, call_format,
-               executors.Executor(boxes), source, source, functools.partial(reward, sign))
+@pytest.fixture(scope='module')
+def boxes():
+  """The world of boxes, registered as an extension's files would."""
+  tools.TOOLS.register('peek')(lambda: Box('peek', held))
+  tools.TOOLS.register('roll')(lambda: Box('roll', unrelated))
+  SOURCES.register('boxes')(
+      lambda: [Task(f'box{i}', 'tools', (Message('user', 'Box?'),), None) for i in range(1000)])
+  REWARDS.register('boxes')(lambda: [BoxAccuracy()])
+  DEMONSTRATORS.register('boxes')(demonstrate)
 
 
 def run_stage(stage, state):
@@ -123,7 +126,13 @@ def run_stage(stage, state):
 
 def learn(config, folder, sign=1.0):
   """Returns success after the cold start, after reinforcement, and after it without tools."""
-  parts, found = make_parts(config, folder, sign), []
+  config.data.source = config.reward.name = config.sft.demonstrator = 'boxes'
+  config.data.options = ConfigDict()
+  config.reward.weights = ConfigDict({'accuracy': sign})
+  config.tools.names = ('peek', 'roll')
+  # One device of the eight: splitting so small a policy only costs time.
+  one = meshes.make_mesh({}, jax.devices()[:1])
+  parts, found = dataclasses.replace(build.build(config, folder), mesh=one), []
   state = LearnerState(parts.init_params(), {}, np.int32(0))
   for stage in (SupervisedStage(parts, 'sft'), EvaluationStage(parts, 'cold_start'),
                 ReinforcementStage(parts, 'rl'), EvaluationStage(parts, 'final'),
@@ -136,7 +145,7 @@ def learn(config, folder, sign=1.0):
 
 
 @pytest.mark.parametrize('algorithm', ['grpo', 'ppo'])
-def test_the_policy_learns_to_ask_the_tool_that_knows(tiny_config, tmp_path, quick_compile,
+def test_the_policy_learns_to_ask_the_tool_that_knows(boxes, tiny_config, tmp_path, quick_compile,
                                                       algorithm):
   cold, final, without = learn(tiny_config({**SIZES, 'rl.algorithm': algorithm}), tmp_path)
   # A third of the demonstrations look, and a tenth of the others are lucky: 0.4 if imitation were
@@ -146,6 +155,6 @@ def test_the_policy_learns_to_ask_the_tool_that_knows(tiny_config, tmp_path, qui
   assert without < 0.3
 
 
-def test_the_opposite_of_the_reward_teaches_the_opposite(tiny_config, tmp_path, quick_compile):
+def test_the_opposite_of_the_reward_teaches_the_opposite(boxes, tiny_config, tmp_path, quick_compile):
   cold, final, _ = learn(tiny_config(SIZES), tmp_path, sign=-1.0)
   assert final < cold and final < 0.3
