@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
   c.mesh.data = -1
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
+  c.mesh.expert = 1
 
   c.tools = ConfigDict()
   c.tools.names = ('python', 'calculator')  # modules of agentrl/tools
@@ -73,7 +74,10 @@ def get_config() -> ConfigDict:
   c.reward.shapings = ()  # {'name': module of agentrl/rewards/shaping, **options} each, in order
 
   c.rollout = ConfigDict()
-  c.rollout.slots = 64
+  # Axes as of `mesh`, over the devices of one process, which samples on them alone; empty for the learner's mesh, or
+  # for as much of its tensor and expert axes as one of several processes can have.
+  c.rollout.mesh = ConfigDict()
+  c.rollout.slots = 64  # of a process
   c.rollout.chunk = 8  # tokens a slot draws between two looks of the host
   c.rollout.turn_tokens = 64
   c.rollout.trajectory_tokens = 192

@@ -157,6 +157,10 @@ class Turn:
   results: tuple[ToolResult, ...] = ()
 
 
+# What a segment's columns hold, by the kind of numpy's array of it.
+_NARROW = {'b': np.bool_, 'i': np.int32, 'f': np.float32}
+
+
 class Segment:
   """An append-only run of tokens that the policy saw as one context.
 
@@ -249,6 +253,14 @@ class Segment:
   @property
   def _columns(self) -> tuple[list, ...]:
     return self._tokens, self._sampled, self._log_probs, self._entropies, self._turns, self._versions
+
+  def __getstate__(self) -> dict[str, np.ndarray]:
+    """Returns the columns as narrow arrays, which pickle small."""
+    columns = {name: np.asarray(column) for name, column in vars(self).items()}
+    return {name: column.astype(_NARROW[column.dtype.kind]) for name, column in columns.items()}
+
+  def __setstate__(self, state: Mapping[str, np.ndarray]):
+    vars(self).update({name: column.tolist() for name, column in state.items()})
 
   def _extend(self, tokens, sampled, log_probs, entropies, turn, version=-1):
     self._tokens.extend(int(t) for t in tokens)

@@ -177,16 +177,24 @@ class Reward:
                        'its ground truth is not what the reward reads') from error
 
   def score(self, trajectories: Sequence[types.Trajectory], iteration: types.Iteration):
-    """Writes every part of every trajectory, shapings included, onto the trajectories.
+    """Writes every part of every trajectory, shapings included, onto the trajectories: `rate`, then `shape`."""
+    self.rate(trajectories, iteration.step)
+    self.shape(trajectories, iteration)
+
+  def rate(self, trajectories: Sequence[types.Trajectory], step: int = 0):
+    """Writes the parts that each trajectory has by itself; these may be some of a step."""
+    for trajectory in trajectories:
+      trajectory.rewards.update(self(trajectory.task, trajectory, step))
+
+  def shape(self, trajectories: Sequence[types.Trajectory], iteration: types.Iteration):
+    """Writes the parts that shapings give.
 
     Args:
-      trajectories: All of a step: groups must be whole.
+      trajectories: All of a step, rated: groups must be whole.
       iteration: Where the run stands; each shaping keeps its memory under its own name.
     Raises:
       ValueError: if a shaping returns other parts than it names, or not one number a turn.
     """
-    for trajectory in trajectories:
-      trajectory.rewards.update(self(trajectory.task, trajectory, iteration.step))
     for label, shaping in self._shapings.items():
       own = dataclasses.replace(iteration, memory=iteration.memory.setdefault(label, {}))
       for trajectory, new in zip(trajectories, shaping(trajectories, own), strict=True):

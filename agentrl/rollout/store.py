@@ -46,6 +46,7 @@ class TrajectoryStore:
   Args:
     folder: Usually `workdir/trajectories`; made at the first write.
     piece: Text of a single token id, by which a viewer can show tokens without the tokenizer.
+    writes: Whether this process writes; where another one does, `write` and `keep_last` do nothing.
   Example:
     >>> import tempfile
     >>> task = types.Task('t', 'math', (), 3)
@@ -58,9 +59,9 @@ class TrajectoryStore:
     (2, array([-0.5], dtype=float32), {7: 'h'})
   """
 
-  def __init__(self, folder: str | os.PathLike, piece: Callable[[int], str] | None = None):
+  def __init__(self, folder: str | os.PathLike, piece: Callable[[int], str] | None = None, writes: bool = True):
     self._folder = pathlib.Path(folder)
-    self._piece = piece
+    self._piece, self._writes = piece, writes
 
   def write(self,
             step: int,
@@ -79,6 +80,8 @@ class TrajectoryStore:
     Returns:
       Path of the file.
     """
+    if not self._writes:
+      return self._path(step)
     ids = sorted(
         {int(t) for trajectory in trajectories for s in trajectory.segments for t in s.tokens})
     document = {
@@ -103,7 +106,7 @@ class TrajectoryStore:
 
   def keep_last(self, count: int):
     """Removes all files but the latest `count`."""
-    for path in self.paths()[:-count]:
+    for path in self.paths()[:-count] if self._writes else ():
       path.unlink()
 
   def _path(self, step: int) -> pathlib.Path:

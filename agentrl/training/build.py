@@ -24,8 +24,10 @@ from agentrl.models.params import init_params, num_params, param_axes
 from agentrl.rewards import base as rewards
 from agentrl.rollout.budget import Limits
 from agentrl.rollout.engine import Engine
+from agentrl.rollout.store import TrajectoryStore
 from agentrl.sampling.draw import SamplingParams
 from agentrl.sampling.sampler import Sampler
+from agentrl.sharding import exchange
 from agentrl.sharding import mesh as meshes
 from agentrl.tokens import chat, formats
 from agentrl.tokens import tokenizer as tokenizers
@@ -83,11 +85,23 @@ class Parts:
     if sampling not in self._engines:
       r = self.config.rollout
       sampler = Sampler(self.model, slots=r.slots, context=r.context_tokens, chunk=r.chunk, sampling=sampling,
-                        capacities=r.capacities or None, token_buckets=r.token_buckets or None)
+                        capacities=r.capacities or None, token_buckets=r.token_buckets or None,
+                        mesh=self.sampler_mesh)
       limits = Limits(turn_tokens=r.turn_tokens, trajectory_tokens=r.trajectory_tokens,
                       context_tokens=r.context_tokens, turns=self.config.environment.max_turns)
       self._engines[sampling] = Engine(sampler, self.tokenizer, limits=limits, seed=self.config.seed)
     return self._engines[sampling]
+
+  @functools.cached_property
+  def sampler_mesh(self) -> jax.sharding.Mesh | None:
+    """Devices of this process as the sampler uses them; None for the learner's mesh as it is."""
+    shape = dict(self.config.rollout.mesh)
+    return meshes.make_local_mesh(shape, self.mesh) if shape or exchange.count() > 1 else None
+
+  def store(self, folder: str, pieces: bool = True) -> TrajectoryStore:
+    """Returns trajectories on disk, in a folder of the workdir; only the first process writes there."""
+    piece = (lambda i: self.tokenizer.pieces([i])[0]) if pieces else None
+    return TrajectoryStore(self.workdir / folder, piece, writes=exchange.is_first())
 
   def demonstrations(self) -> list[demonstrations.Chat]:
     """Returns the cold start's chats."""
@@ -146,6 +160,7 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Parts:
     template = chat.ChatTemplate(tokenizer, call_format.stops)
     model = new_model_config(config, tokenizer.vocab_size)
   _check_prompts(config, sources, template, system_prompt)
+  _check_mesh(model, mesh)
   logging.info('Policy of %d parameters on %d device(s), vocabulary %d', num_params(model), mesh.size,
                tokenizer.vocab_size)
   return Parts(config, workdir, model, mesh, tokenizer, template, named_tools, call_format, executor,
@@ -201,6 +216,12 @@ def _check(config: ConfigDict):
     raise ValueError(f'rl.minibatches={config.rl.minibatches} does not divide rl.prompts={config.rl.prompts}')
   if config.sft.batch_rows % t.micro_rows and t.micro_rows < config.sft.batch_rows:
     raise ValueError(f'train.micro_rows={t.micro_rows} does not divide sft.batch_rows={config.sft.batch_rows}')
+
+
+def _check_mesh(model: ModelConfig, mesh: jax.sharding.Mesh):
+  """Refuses a mesh that does not divide what it is to split of the policy."""
+  shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+  meshes.check_divides(param_axes(model), shapes, mesh)
 
 
 def _source(config: ConfigDict, workdir: pathlib.Path, split: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from typing import Any, Callable, Iterable, Mapping
@@ -16,8 +17,8 @@ from agentrl.core.types import Iteration, Status, Task, Trajectory
 from agentrl.data.iterator import TaskIterator
 from agentrl.experience import base as memories
 from agentrl.experience.base import REPLAYED
+from agentrl.rollout import gather
 from agentrl.rollout.engine import EngineStats, Job
-from agentrl.rollout.store import TrajectoryStore
 from agentrl.sampling.draw import SamplingParams
 from agentrl.training.build import Parts
 from agentrl.training.state import HostState
@@ -60,7 +61,7 @@ class Collector:
     self._selectors = [_selector(choice, c.group_size, self.names) for choice in c.select]
     self.engine = parts.engine(SamplingParams(temperature=parts.config.rollout.temperature))
     self._iterator = TaskIterator(_first(parts.train_source, c.tasks), c.prompts, parts.config.seed)
-    self._memory_store = TrajectoryStore(parts.workdir / 'memory')
+    self._memory_store = parts.store('memory', pieces=False)
 
   def most_trajectories(self) -> int:
     """Returns the most trajectories of an update: what its batch is laid out for."""
@@ -93,7 +94,7 @@ class Collector:
     for batch in range(c.max_generation_batches):
       fresh = self._roll_out(host, batch)
       clock.lap('rollout')
-      self._parts.reward.score(fresh, self._iteration(host, 'reward'))
+      self._parts.reward.shape(fresh, self._iteration(host, 'reward'))
       self.agent.learn(fresh, self._iteration(host, 'agent'))
       rng = np.random.default_rng([self._parts.config.seed, host.step, batch])
       if self.memory:
@@ -125,7 +126,8 @@ class Collector:
     iteration = self._iteration(host, 'agent')
     jobs = [Job(task, first + k, task.id, program) for task, first in self._ask(host, batch) for k, program in enumerate(
         self.agent.programs(task, self._config.group_size, iteration))]
-    collected = self.engine.collect(jobs, policy_version=host.stage_step, enough=self._config.enough)
+    rate = functools.partial(self._parts.reward.rate, step=host.stage_step)
+    collected = gather.collect(self.engine, jobs, own=rate, policy_version=host.stage_step, enough=self._config.enough)
     return [t for t in collected if t.status is not Status.CUT]
 
   def _ask(self, host: HostState, batch: int) -> list[tuple[Task, int]]:

@@ -10,8 +10,8 @@ import numpy as np
 from agentrl.agents import base as agents
 from agentrl.agents.react import react
 from agentrl.core.types import Iteration, Task
+from agentrl.rollout import gather
 from agentrl.rollout.engine import EngineStats, Job
-from agentrl.rollout.store import TrajectoryStore
 from agentrl.rollout.summary import summarize, wilson_interval
 from agentrl.sampling.draw import SamplingParams
 from agentrl.training.build import Parts
@@ -33,7 +33,7 @@ class EvaluationStage:
     if not 1 <= c.tasks <= len(parts.test_source):
       raise ValueError(f'eval.tasks={c.tasks} must be between 1 and the {len(parts.test_source)} held-out tasks; '
                        'lower it or raise data.test_per_family')
-    self._store = TrajectoryStore(parts.workdir / 'trajectories', lambda i: parts.tokenizer.pieces([i])[0])
+    self._store = parts.store('trajectories')
     self._found: dict[str, Any] = {}
     agent = parts.config.agent
     if c.agent and self._agent(parts.environment).max_trajectories(c.samples) != c.samples:
@@ -59,9 +59,7 @@ class EvaluationStage:
             for k, program in enumerate(self._programs(environment, task, host))]
     self._engine.sampler.set_params(state.params)
     self._engine.stats = EngineStats()
-    trajectories = self._engine.collect(jobs, policy_version=host.step)
-    for t in trajectories:
-      t.rewards.update(parts.reward(t.task, t))
+    trajectories = gather.collect(self._engine, jobs, own=parts.reward.rate, policy_version=host.step)
     metrics = summarize(trajectories)
     low, high = wilson_interval(metrics['success'] * len(trajectories), len(trajectories))
     metrics.update({'success_ci95_low': low, 'success_ci95_high': high})

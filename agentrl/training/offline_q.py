@@ -16,17 +16,18 @@ from agentrl.algorithms.supervised import supervised
 from agentrl.core.types import Iteration, Status, Trajectory
 from agentrl.data.iterator import TaskIterator
 from agentrl.models import transformer
+from agentrl.rollout import gather
 from agentrl.rollout.engine import EngineStats, Job
-from agentrl.rollout.store import TrajectoryStore
 from agentrl.rollout.summary import summarize
 from agentrl.sampling.draw import SamplingParams
+from agentrl.sharding import mesh as meshes
 from agentrl.training import rejected, sums
 from agentrl.training.build import Parts
 from agentrl.training.optimizer import make_optimizer, schedule
 from agentrl.training.packing import Outcome, TokenSequence, pack
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
-from agentrl.training.step import make_update
+from agentrl.training.step import make_update, put
 
 # Samples that only offer an action are numbered from here on, so that no draw repeats one of the log.
 _OFFERS = 1 << 33
@@ -84,16 +85,17 @@ class OfflineQStage:
     self._optimizer = make_optimizer(c.optimizer, rate, max_grad_norm=c.max_grad_norm)
     per_row = train.row_length // parts.config.rollout.context_tokens
     self._micro_batches = max(1, -(-c.batch // (per_row * train.micro_rows)))
+    self._mesh = parts.mesh if parts.mesh.size > 1 else None
     self._update = make_update(parts.model, self._optimizer, supervised(), micro_batches=self._micro_batches,
-                               temperature=parts.config.rollout.temperature,
-                               mesh=parts.mesh if parts.mesh.size > 1 else None)
+                               temperature=parts.config.rollout.temperature, mesh=self._mesh)
     self._critic_update = jax.jit(functools.partial(
         _critic_epoch, self._critic_optimizer, c.gamma, c.target_rate, parts.mesh), donate_argnums=0)
-    self._hidden = jax.jit(functools.partial(_hidden, parts.model))
-    self._best = jax.jit(functools.partial(offline_q.best_actions, threshold=c.threshold))
+    everywhere = meshes.replicated(parts.mesh)
+    self._hidden = jax.jit(functools.partial(_hidden, parts.model), out_shardings=everywhere)
+    self._best = jax.jit(functools.partial(offline_q.best_actions, threshold=c.threshold), out_shardings=everywhere)
     self._engine = parts.engine(SamplingParams(temperature=parts.config.rollout.temperature))
     self._iterator = TaskIterator(parts.train_source, c.prompts, parts.config.seed)
-    self._store = TrajectoryStore(parts.workdir / 'offline_log', lambda i: parts.tokenizer.pieces([i])[0])
+    self._store = parts.store('offline_log')
     self._log: _Log | None = None
 
   def begin(self, state: LearnerState, host: HostState) -> LearnerState:
@@ -104,7 +106,7 @@ class OfflineQStage:
     side = {'critics': sums.Trained(critics, self._critic_optimizer.init(critics), np.int32(0)),
             'targets': jax.tree.map(jnp.array, critics)}
     # Small enough for every device to hold them whole.
-    side = jax.device_put(side, jax.sharding.NamedSharding(self._parts.mesh, jax.sharding.PartitionSpec()))
+    side = jax.device_put(side, meshes.replicated(self._parts.mesh))
     reference = jax.tree.map(jnp.array, state.params)
     return LearnerState(state.params, self._optimizer.init(state.params), np.int32(0), reference, side)
 
@@ -122,7 +124,7 @@ class OfflineQStage:
     self._best = self._best.lower(side['critics'].params, zeros(c.turns, width), zeros(c.turns, c.actions, width),
                                   np.zeros((c.turns, c.actions), bool)).compile()
     batch, used = self._pack([], np.zeros(0, np.float32))
-    self._update = self._update.lower(state, batch, np.int32(used)).compile()
+    self._update = self._update.lower(state, put(batch, self._mesh), np.int32(used)).compile()
 
   def step(self, state: LearnerState, host: HostState) -> tuple[LearnerState, dict[str, Any]]:
     """Does one step of the critics or of the actor."""
@@ -148,7 +150,7 @@ class OfflineQStage:
       found = {}
       if len(chosen):
         batch, used = self._pack([(log.contexts[i], log.actions[i][best[i]]) for i in chosen], weights[chosen])
-        state, found = self._update(state, batch, np.int32(used))
+        state, found = self._update(state, put(batch, self._mesh), np.int32(used))
         rejected.note(host, self._parts.workdir, batch, found['applied'])
         found = {**found, 'loss': found['loss/total']}
         metrics['trained_tokens'] = int((batch.segment_ids > 0).sum())
@@ -175,12 +177,12 @@ class OfflineQStage:
     self._engine.stats = EngineStats()
     tasks, host.cursor = self._iterator.next(host.cursor)
     parts, c = self._parts, self._config
-    logged = self._engine.collect([Job(task, k, task.id, react(parts.environment, parts.template, task))
-                                   for task in tasks for k in range(c.group_size)])
-    parts.reward.score(logged, Iteration(0, self.steps, host.memory.setdefault('reward', {})))
+    logged = gather.collect(self._engine, [Job(task, k, task.id, react(parts.environment, parts.template, task))
+                                           for task in tasks for k in range(c.group_size)], own=parts.reward.rate)
+    parts.reward.shape(logged, Iteration(0, self.steps, host.memory.setdefault('reward', {})))
     self._store.write(0, logged)
     offer = lambda t, turn: _offer(t.segments[0].tokens[:turn.start], self._stops)
-    offers = self._engine.collect([
+    offers = gather.collect(self._engine, [
         Job(t.task, _OFFERS + m * c.actions + k, t.task.id, offer(t, turn))
         for m, (t, turn) in enumerate(self._turns(logged)) for k in range(c.actions - 1)])
     self._store.write(1, offers)

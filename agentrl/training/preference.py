@@ -16,8 +16,8 @@ from agentrl.core import registry
 from agentrl.core.types import Iteration, TrainBatch, Trajectory
 from agentrl.data.iterator import TaskIterator
 from agentrl.models import transformer
+from agentrl.rollout import gather
 from agentrl.rollout.engine import EngineStats, Job
-from agentrl.rollout.store import TrajectoryStore
 from agentrl.rollout.summary import summarize
 from agentrl.sampling.draw import SamplingParams
 from agentrl.synthesis import pairs as mining
@@ -27,7 +27,7 @@ from agentrl.training.optimizer import make_optimizer, schedule
 from agentrl.training.packing import Outcome, TokenSequence, pack
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
-from agentrl.training.step import lay_out, make_score
+from agentrl.training.step import lay_out, make_score, put
 
 REFERENCES = ('stage', 'round')
 HEAD_NOISE = 1e-3
@@ -63,14 +63,14 @@ class PreferenceStage:
     self._optimizer = make_optimizer(c.optimizer, rate, weight_decay=c.weight_decay, max_grad_norm=c.max_grad_norm)
     per_row = train.row_length // parts.config.rollout.context_tokens
     self._micro_batches = max(1, -(-2 * c.pairs // (per_row * train.micro_rows)))
-    mesh = parts.mesh if parts.mesh.size > 1 else None
+    self._mesh = mesh = parts.mesh if parts.mesh.size > 1 else None
     temperature = parts.config.rollout.temperature
     self._update = make_pair_update(parts.model, self._optimizer, self._preference, micro_batches=self._micro_batches,
                                     temperature=temperature, mesh=mesh, mix=self._mix)
     self._score = make_score(parts.model, micro_batches=self._micro_batches, temperature=temperature, mesh=mesh)
     self._engine = parts.engine(SamplingParams(temperature=temperature))
     self._iterator = TaskIterator(parts.train_source, c.prompts, parts.config.seed)
-    self._store = TrajectoryStore(parts.workdir / 'trajectories', lambda i: parts.tokenizer.pieces([i])[0])
+    self._store = parts.store('trajectories')
 
   @property
   def _keeps_reference(self) -> bool:
@@ -94,6 +94,7 @@ class PreferenceStage:
     self._engine.sampler.set_params(state.params)
     self._engine.sampler.warm_up()
     batch, found, used = self._pack([])
+    batch, found = put((batch, found), self._mesh)
     self._update = self._update.lower(state, batch, found, np.int32(used)).compile()
     if self._keeps_reference:
       self._score = self._score.lower(state.reference, batch, np.int32(used)).compile()
@@ -107,7 +108,7 @@ class PreferenceStage:
     metrics['decoded_tokens'] = stats.decoded_tokens
     metrics['tokens_per_second/decode'] = stats.decoded_tokens / max(1e-9, stats.total_seconds)
     updating = time.perf_counter()
-    batches = self._batches(state, self._mine(trajectories, host, metrics))
+    batches = self._batches(state, self._mine(trajectories, host, metrics), metrics)
     metrics['skipped_batches'] = int(not batches)
     scalars = []
     for _ in range(self._config.epochs):
@@ -119,7 +120,6 @@ class PreferenceStage:
       rejected.note(host, self._parts.workdir, batches[i % len(batches)][0], one['applied'], i)
     metrics.update({k: float(np.mean([s[k] for s in scalars])) for k in (scalars[0] if scalars else ())})
     metrics['seconds/update'] = time.perf_counter() - updating
-    metrics['trained_tokens'] = self._config.epochs * sum(int((b.segment_ids > 0).sum()) for b, _, _ in batches)
     if host.stage_step % self._config.trajectories_every == 0 or host.stage_step == self.steps - 1:
       self._store.write(host.step, trajectories, {'stage': self._name})
     return state, metrics
@@ -136,8 +136,9 @@ class PreferenceStage:
     iteration = self._iteration(host, 'agent')
     jobs = [Job(task, first + k, task.id, program) for task in tasks for k, program in enumerate(
         self._agent.programs(task, self._config.group_size, iteration))]
-    trajectories = self._engine.collect(jobs, policy_version=host.stage_step)
-    self._parts.reward.score(trajectories, self._iteration(host, 'reward'))
+    rate = functools.partial(self._parts.reward.rate, step=host.stage_step)
+    trajectories = gather.collect(self._engine, jobs, own=rate, policy_version=host.stage_step)
+    self._parts.reward.shape(trajectories, self._iteration(host, 'reward'))
     self._agent.learn(trajectories, iteration)
     return trajectories
 
@@ -160,15 +161,17 @@ class PreferenceStage:
     metrics['pairs'], metrics['pairs_left_out'] = len(found), len(found) - len(kept)
     return kept
 
-  def _batches(self, state: LearnerState, found: list[tuple[mining.Pair, int]]):
-    """Returns the updates' batches, about equally full."""
+  def _batches(self, state: LearnerState, found: list[tuple[mining.Pair, int]], metrics: dict[str, Any]):
+    """Returns the updates' batches, about equally full, and counts their tokens."""
     count = -(-len(found) // self._config.pairs)
     parts = np.array_split(np.arange(len(found)), count) if count else []
     batches = [self._pack([found[i] for i in part]) for part in parts]
+    metrics['trained_tokens'] = self._config.epochs * sum(int((b.segment_ids > 0).sum()) for b, _, _ in batches)
+    batches = [(*put((batch, pairs), self._mesh), used) for batch, pairs, used in batches]
     if not self._keeps_reference:
       return batches
-    scored = lambda batch, used: batch._replace(
-        reference_log_probs=self._score(state.reference, batch, np.int32(used))[0])
+    scored = lambda batch, used: put(batch._replace(
+        reference_log_probs=self._score(state.reference, batch, np.int32(used))[0]), self._mesh)
     return [(scored(batch, used), pairs, used) for batch, pairs, used in batches]
 
   def _pack(self, found: list[tuple[mining.Pair, int]]) -> tuple[TrainBatch, PairBatch, int]:

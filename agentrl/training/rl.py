@@ -12,8 +12,8 @@ from agentrl.algorithms.objective import Objective
 from agentrl.algorithms.selectors import Selection
 from agentrl.core.types import TrainBatch, Trajectory
 from agentrl.experience.base import REPLAYED
-from agentrl.rollout.store import TrajectoryStore
 from agentrl.rollout.summary import summarize
+from agentrl.sharding import exchange
 from agentrl.training import rejected
 from agentrl.training.build import Parts, make_objective
 from agentrl.training.collect import Clock, Collector, group_ids
@@ -22,7 +22,7 @@ from agentrl.training.packing import TOKEN_PARTS, Outcome, pack, sequences_of
 from agentrl.training.side import base as sides
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
-from agentrl.training.step import make_estimate, make_score, make_update
+from agentrl.training.step import make_estimate, make_score, make_update, put
 
 
 @STAGES.register('rl')
@@ -47,7 +47,7 @@ class ReinforcementStage:
     sequences = self._trajectories * self._collector.agent.max_segments
     self._micro_batches = max(1, -(-sequences // (per_row * train.micro_rows)))
     self._rows = self._micro_batches * train.micro_rows
-    mesh = parts.mesh if parts.mesh.size > 1 else None
+    self._mesh = mesh = parts.mesh if parts.mesh.size > 1 else None
     temperature = parts.config.rollout.temperature
     self._update = make_update(parts.model, self._optimizer, self._objective, micro_batches=self._micro_batches,
                                temperature=temperature, mesh=mesh, estimated=c.minibatches > 1)
@@ -55,8 +55,7 @@ class ReinforcementStage:
     self._score = make_score(parts.model, micro_batches=self._micro_batches, temperature=temperature, mesh=mesh)
     for side in self._sides.values():
       side.bind(sides.Setting(parts.model, self._micro_batches, temperature, mesh))
-    piece = lambda i: parts.tokenizer.pieces([i])[0]
-    self._store = TrajectoryStore(parts.workdir / 'trajectories', piece)
+    self._store = parts.store('trajectories')
 
   def begin(self, state: LearnerState, host: HostState) -> LearnerState:
     """Returns the state with a new optimiser and, if asked for, the present policy as the reference."""
@@ -69,9 +68,10 @@ class ReinforcementStage:
     """Compiles the sampler's shapes, the scoring pass and the update."""
     self._collector.warm_up(state.params)
     batch, used = self._pack([])
-    self._update = self._update.lower(state, batch, np.int32(used)).compile()
     if self._config.minibatches > 1:
       self._estimate = self._estimate.lower([batch] * self._config.minibatches, np.int32(0)).compile()
+    batch = put(batch, self._mesh)
+    self._update = self._update.lower(state, batch, np.int32(used)).compile()
     if self._needs_scores:
       self._score = self._score.lower(state.params, batch, np.int32(used)).compile()
     for label, side in self._sides.items():
@@ -88,12 +88,14 @@ class ReinforcementStage:
     trajectories, kept = self._collector.collect(state.params, host, metrics, clock)
     metrics.update(summarize([t for t in trajectories if not (t.rewards.get(REPLAYED) or t.loss_from)]))
     metrics['signal_groups'] = _groups_with_signal(trajectories)
-    batches = []
+    batches, tokens = [], 0
     for part in _minibatches(trajectories, self._config.minibatches):
       batch, used = self._pack([trajectories[i] for i in part], Selection(*(x[part] for x in kept)), host.stage_step)
       signal = self._has_signal(batch)
       if signal:
-        state, batch = self._ask_sides(state, self._add_scores(state, batch, used), used, host, metrics)
+        tokens += self._config.epochs * int((batch.segment_ids > 0).sum())
+        batch = self._add_scores(state, put(batch, self._mesh), used)
+        state, batch = self._ask_sides(state, batch, used, host, metrics)
       else:
         metrics['skipped_batches'] = metrics.get('skipped_batches', 0) + 1
       batches.append((batch, used, signal))
@@ -106,7 +108,6 @@ class ReinforcementStage:
     metrics.update(_update_metrics([jax.device_get(s) for s in scalars]))
     self._check(host, metrics, [batch for _ in range(self._config.epochs) for batch, _ in batches])
     clock.lap('update')
-    tokens = self._config.epochs * sum(int((batch.segment_ids > 0).sum()) for batch, _ in batches)
     metrics['tokens_per_second/update'] = tokens / max(1e-9, metrics['seconds/update'])
     metrics['trained_tokens'] = tokens
     self._collector.save(host)
@@ -160,14 +161,14 @@ class ReinforcementStage:
         batch = batch._replace(behaviour_log_probs=log_probs)
     if self._config.reference:
       batch = batch._replace(reference_log_probs=self._score(state.reference, batch, np.int32(used))[0])
-    return batch
+    return put(batch, self._mesh)
 
   def _estimated(self, state: LearnerState, batches: list[tuple[TrainBatch, int, bool]]) -> list[tuple[TrainBatch, int]]:
     """Returns the batches with a signal; where there are several, with what was estimated from all of them."""
     if len(batches) > 1:
-      found = jax.device_get(self._estimate(*jax.device_get(([batch for batch, _, _ in batches], state.updates))))
-      batches = [(batch._replace(advantages=a, returns=r), used, signal)
-                 for (batch, used, signal), (a, r) in zip(batches, found)]
+      found = self._estimate(*exchange.to_host(([batch for batch, _, _ in batches], state.updates)))
+      batches = [(put(batch._replace(advantages=a, returns=r), self._mesh), used, signal)
+                 for (batch, used, signal), (a, r) in zip(batches, jax.device_get(found))]
     return [(batch, used) for batch, used, signal in batches if signal]
 
   def _ask_sides(self, state: LearnerState, batch: TrainBatch, used: int, host: HostState,
@@ -175,7 +176,7 @@ class ReinforcementStage:
     """Lets what is trained beside the policy learn from a batch and score it."""
     for label, side in self._sides.items():
       trained, parts, found = side.learn(state.side[label], batch, used)
-      batch = batch._replace(token_parts={**batch.token_parts, **parts})
+      batch = put(batch._replace(token_parts={**batch.token_parts, **parts}), self._mesh)
       state = state._replace(side={**state.side, label: trained})
       metrics.update({f'{label}/{name}': float(value) for name, value in found.items()})
       if not found.get('applied', 1):

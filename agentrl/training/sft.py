@@ -17,7 +17,7 @@ from agentrl.training.optimizer import make_optimizer, schedule
 from agentrl.training.packing import Outcome, TokenSequence, pack, plan_rows
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
-from agentrl.training.step import make_update
+from agentrl.training.step import make_update, put
 
 
 @STAGES.register('sft')
@@ -37,8 +37,9 @@ class SupervisedStage:
     rate = schedule(c.schedule, c.learning_rate, c.steps * c.updates_per_step, c.warmup)
     self._optimizer = make_optimizer(c.optimizer, rate, weight_decay=c.weight_decay, max_grad_norm=c.max_grad_norm)
     self._micro_batches = max(1, c.batch_rows // parts.config.train.micro_rows)
+    self._mesh = parts.mesh if parts.mesh.size > 1 else None
     self._update = make_update(parts.model, self._optimizer, supervised(), micro_batches=self._micro_batches,
-                               mesh=parts.mesh if parts.mesh.size > 1 else None)
+                               mesh=self._mesh)
     self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
     self._lay_out(self._find())
 
@@ -61,7 +62,7 @@ class SupervisedStage:
 
   def warm_up(self, state: LearnerState):
     """Compiles the update."""
-    self._update = self._update.lower(state, self._batch(0), np.int32(self._micro_batches)).compile()
+    self._update = self._update.lower(state, put(self._batch(0), self._mesh), np.int32(self._micro_batches)).compile()
 
   def step(self, state: LearnerState, host: HostState) -> tuple[LearnerState, dict[str, Any]]:
     """Makes `updates_per_step` updates."""
@@ -70,7 +71,7 @@ class SupervisedStage:
     for i in range(host.stage_step * n, (host.stage_step + 1) * n):
       batch = self._batch(i)
       tokens += int((batch.segment_ids > 0).sum())
-      state, scalars = self._update(state, batch, np.int32(self._micro_batches))
+      state, scalars = self._update(state, put(batch, self._mesh), np.int32(self._micro_batches))
       metrics.append(scalars)
     metrics = jax.device_get(metrics)
     for i, scalars in enumerate(metrics):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from typing import Any, Callable
+import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from agentrl.algorithms import objective as objectives
@@ -15,6 +17,7 @@ from agentrl.core.types import TrainBatch
 from agentrl.models import transformer
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import Params, param_axes
+from agentrl.sharding import exchange
 from agentrl.sharding import mesh as meshes
 from agentrl.training.packing import NODE_PARTS
 from agentrl.training.state import LearnerState
@@ -141,6 +144,43 @@ def make_score(config: ModelConfig, *, micro_batches: int, temperature: float = 
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(rows, length), out)
 
   return score
+
+
+def put(batch: Any, mesh: jax.sharding.Mesh | None) -> Any:
+  """Returns a batch on the mesh: planes [B, T] and [C, B, T] split by rows, all else on every device.
+
+  With several processes each sends its devices their rows; all must have packed the same batch.
+
+  Args:
+    batch: Of arrays of host or device.
+    mesh: None leaves the batch as it is.
+  Raises:
+    RuntimeError: if the processes have different batches.
+  """
+  if mesh is None:
+    return batch
+  if exchange.count() > 1 and not exchange.same(_checksum(batch)):
+    raise RuntimeError('the processes of this run have packed different batches: something between rollout and update '
+                       'is not the same in all of them, such as the order of a set, the clock, or a random number '
+                       'without a seed')
+
+  def place(x):
+    axes = {2: ('batch', None), 3: (None, 'batch', None)}.get(np.ndim(x), (None,) * np.ndim(x))
+    where = jax.sharding.NamedSharding(mesh, meshes.spec_of(axes, np.shape(x), mesh))
+    if isinstance(x, jax.Array):
+      return jax.device_put(x, where)
+    return jax.make_array_from_callback(np.shape(x), where, lambda index: np.asarray(x)[index])
+
+  return jax.tree.map(place, batch)
+
+
+def _checksum(batch: Any) -> bytes:
+  """Returns four bytes that tell host arrays apart."""
+  crc = 0
+  for x in jax.tree.leaves(batch):
+    if not isinstance(x, jax.Array):
+      crc = zlib.crc32(np.ascontiguousarray(x), crc)
+  return crc.to_bytes(4, 'big')
 
 
 def _spread(parts: Any, mesh: jax.sharding.Mesh | None) -> Any:
