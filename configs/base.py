@@ -47,6 +47,8 @@ def get_config() -> ConfigDict:
   c.model.unroll_layers = True
   c.model.remat = False
   c.model.logit_chunk = 0
+  c.model.value_width = 0  # hidden units of the value head of a policy that has one; 0 for a linear one
+  c.model.value_gradient = True  # whether the value head's gradient reaches the layers below it
   c.model.lora_targets = ()  # linears with an adapter, such as ('*_proj',); only adapters are trained then
   c.model.lora_rank = 8
   c.model.lora_alpha = 16.0

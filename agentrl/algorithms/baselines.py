@@ -155,7 +155,7 @@ def gpg(*, part: str = 'total', dead: str = 'rewards') -> Advantage:
       whose rewards are all equal, as the paper does.
   Raises:
     ValueError: if `dead` is neither.
-  Source: GPG, arXiv 2504.02546, as in volcengine/verl core_algos.py (recalled).  Deviation: 0 where there are no others.
+  Source: GPG, arXiv 2504.02546, as in volcengine/verl core_algos.py.  Deviation: 0 where there are no others.
   """
   if dead not in ('rewards', 'groups'):
     raise ValueError(f"dead={dead!r} is neither 'rewards' nor 'groups'")

@@ -62,7 +62,7 @@ def advantage(name: str, **options) -> Advantage:
 
 
 def ratio(name: str, **options) -> Choice:
-  """Makes a ratio choice: 'token', 'segment_geo', 'segment_prod', 'sequence_geo', 'trajectory_prod', 'off', or another."""
+  """Makes a ratio choice: 'token', 'segment_geo', 'segment_prod', 'sequence_geo', 'trajectory_prod', 'off', ..."""
   return _choice('ratio', name, RATIOS, options, _of_part)
 
 

@@ -55,8 +55,8 @@ def env_noise_reject(candidates: Candidates, rng: np.random.Generator, *, part: 
     candidates: Of a step.
     rng: Not used.
     part: Above 0 for a spoiled one; 'noisy' is the shaping 'flags'.
-  Source: IPA (ROME).  Deviation: the rejected are not sampled again from where they started; `rl.max_generation_batches`
-    asks further questions instead.
+  Source: IPA (ROME).  Deviation: sampling the rejected again from where they began is the agent's, see 'prefix_init';
+    `rl.max_generation_batches` asks further questions instead.
   """
   return mask_flags(candidates, rng, parts=(part,), in_baseline=False)
 

@@ -1,4 +1,4 @@
-"""Numbers that change: those of an objective over the updates of a stage, those of selectors and rewards over its steps.
+"""Numbers that change: of an objective over the updates of a stage, of selectors and rewards over its steps.
 
 In a config a schedule is a section instead of a number:
 

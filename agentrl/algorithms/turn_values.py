@@ -34,8 +34,8 @@ def turn_gae(*, gamma: float = 0.99, lam: float = 0.95, whiten: bool = True, par
       rather than their tokens: our choice.
     part: Reward of the last turn.
     turn_part: Reward part of turns that is added; '' for none.
-  Source: VL-DAC, code corl-team/VL-DAC.  Deviation: the value head reads the trunk it shares and
-    sends its gradient into it; the release stops it there.
+  Source: VL-DAC, code corl-team/VL-DAC, whose value head sends no gradient into the trunk: that is
+    `model.value_gradient`.  Deviation: whitening over turns.
   """
   choices.check_unit(gamma=gamma, lam=lam)
 

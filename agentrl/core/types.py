@@ -329,6 +329,7 @@ class Trajectory:
     turn_rewards: Named reward parts that each turn has one of, in the order of `turns`.
     loss_from: Tokens of the last segment before this index are left out of the loss, as are all
       of earlier segments if it is above 0: what a fork shares with a trajectory that trains it.
+    loss_segments: Indices of the segments in the loss; None for all of them.
     seconds: Wall time from start to end, waiting included.
   """
 
@@ -350,6 +351,7 @@ class Trajectory:
   rewards: dict[str, float] = dataclasses.field(default_factory=dict)
   turn_rewards: dict[str, list[float]] = dataclasses.field(default_factory=dict)
   loss_from: int = 0
+  loss_segments: tuple[int, ...] | None = None
   seconds: float = 0.0
 
   @property

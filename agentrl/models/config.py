@@ -75,6 +75,8 @@ class ModelConfig:
     scale_embeddings: Multiply embeddings by sqrt(D), so that they enter with unit variance when trained from scratch.
     known_tokens: Ids from this on only pad the embedding: they have probability 0. 0 for no such ids.
     value_head: A scalar read off the last hidden state, for PPO.
+    value_width: Hidden units of the value head; 0 for a linear one.
+    value_gradient: Whether the value head's gradient reaches the layers below it.
     lora_rank: Of the adapters.
     lora_alpha: An adapter adds lora_alpha / lora_rank times its product.
     lora_targets: Linears with an adapter, by name or pattern as in '*_proj', see `LINEARS`; only adapters are
@@ -118,6 +120,8 @@ class ModelConfig:
   scale_embeddings: bool = False
   known_tokens: int = 0
   value_head: bool = False
+  value_width: int = 0
+  value_gradient: bool = True
   lora_rank: int = 8
   lora_alpha: float = 16.0
   lora_targets: tuple[str, ...] = ()
@@ -183,4 +187,4 @@ ACTIVATIONS = ('silu', 'gelu', 'relu2', 'clamped_swiglu')
 ROPE_SCALINGS = ('linear', 'llama3', 'yarn')
 # As checkpoints and adapters name them.
 LINEARS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
-_MAY_BE_ZERO = ('logit_chunk', 'num_experts', 'experts_per_token', 'known_tokens')
+_MAY_BE_ZERO = ('logit_chunk', 'num_experts', 'experts_per_token', 'known_tokens', 'value_width')

@@ -78,7 +78,11 @@ def param_specs(config: ModelConfig) -> Params:
   if not config.tied_embeddings:
     specs['head'] = ParamSpec((config.vocab_size, d), ('vocab', 'width'), fan_in)
   if config.value_head:
-    specs['value'] = {'weight': ParamSpec((d,), (None,), 0.0), 'bias': ParamSpec((), (), 0.0)}
+    width = config.value_width
+    specs['value'] = {'weight': ParamSpec((width or d,), (None,), 0.0), 'bias': ParamSpec((), (), 0.0)}
+    if width:
+      specs['value'] |= {'hidden': ParamSpec((d, width), (None, None), fan_in),
+                         'hidden_bias': ParamSpec((width,), (None,), 0.0)}
   return specs
 
 

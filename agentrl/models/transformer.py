@@ -120,11 +120,21 @@ def evaluate(params: Params, config: ModelConfig, tokens: jax.Array, positions: 
   log_probs, entropies = _in_chunks(score, before, tokens, config.logit_chunk)
   values = None
   if config.value_head:
-    head = params['value']
-    values = before.astype(jnp.float32) @ head['weight'].astype(jnp.float32) + head['bias'].astype(jnp.float32)
-    values = jnp.where(has_before, values, 0.0)
+    values = jnp.where(has_before, _value(params['value'], config, before), 0.0)
   entropies = None if entropies is None else jnp.where(has_before, entropies, 0.0)
   return PolicyOutputs(jnp.where(has_before, log_probs, 0.0), entropies, values)
+
+
+def _value(head: Params, config: ModelConfig, states: jax.Array) -> jax.Array:
+  """Returns the value of each hidden state [B, T, D], float32."""
+  head = jax.tree.map(lambda x: x.astype(jnp.float32), head)
+  states = states.astype(jnp.float32)
+  if not config.value_gradient:
+    states = jax.lax.stop_gradient(states)
+  if config.value_width:
+    states = states @ head['hidden']
+    states = jax.nn.relu(states + jnp.broadcast_to(head['hidden_bias'], states.shape))
+  return states @ head['weight'] + head['bias']
 
 
 def _in_chunks(score, states, targets, chunk):

@@ -84,6 +84,10 @@ def sequences_of(trajectories: Sequence[Trajectory], token_parts: Sequence[str] 
 
 
 def _in_loss(trajectory: Trajectory, segment: Segment) -> np.ndarray:
+  if trajectory.loss_segments is not None:
+    where = next(i for i, s in enumerate(trajectory.segments) if s is segment)
+    if where not in trajectory.loss_segments:
+      return np.zeros(len(segment), bool)
   if not trajectory.loss_from:
     return segment.sampled
   if segment is not trajectory.segments[-1]:

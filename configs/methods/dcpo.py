@@ -1,9 +1,10 @@
 """DCPO (Memory as Action): the context is edited on the way, and each stretch between edits is a row.
 
 Exact, from a page of notes: rows hold the context after an edit and what is drawn until the next, only that in the
-loss; the trajectory's z-score for all its rows; reward 1, -0.1 where the budget is broken, else 0; 8 trajectories.
+loss; the trajectory's z-score for all its rows; reward 1, -0.1 where the budget is broken, else 0; 8 trajectories, 16
+of whose rows are trained on.
 Ours: a rule forgets the oldest exchanges above 44 tokens, because the toy policy does not know how to forget (the tool
-`prune` lets one that does); all rows are trained on, where the source draws 16.
+`prune` lets one that does); clip 0.2.
 
     python -m agentrl.main --config=configs/methods/dcpo.py --workdir=runs/dcpo
 
@@ -17,8 +18,8 @@ from configs import toy
 METHOD = dict(
     title='DCPO (MemAct)',
     source='a page of notes',
-    exact='segments at edits, new tokens only, one advantage for all, reward -0.1',
-    ours='a rule edits; all segments trained on',
+    exact='segments at edits, new tokens only, one advantage for all, 16 of them a group, reward -0.1',
+    ours='a rule edits; clip 0.2',
     test='tests/agents/context_edits_agents_test.py',
     claim=dict(metric='success', better='higher', than='grpo'))
 

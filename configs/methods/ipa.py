@@ -1,8 +1,9 @@
 """IPA (ROME): turns as units, good ones without a ratio, and rollouts that begin within earlier solutions.
 
 Exact: the return of a turn, discounted, on its tokens; weight 1 for good turns and the geometric mean ratio of a turn,
-at most 1, for bad ones; trajectories that the environment spoiled are rejected; rollouts begin behind a prefix of a
-success, which shortens as they succeed; a likelihood term on what was solved, weighted by returns.
+at most 1, for bad ones; trajectories that the environment spoiled are rejected and sampled anew from where they began,
+here twice at most; rollouts begin behind a prefix of a success, which shortens as they succeed; a likelihood term on
+what was solved, weighted by returns.
 Ours: discount 0.95 and weights 1 and 0.1 (the paper's were not found); returns less the group's mean, as without it
 rewards of 0 and 1 leave nothing bad; the policy's own successes instead of an expert's. Questions come again, so that
 there is something to begin from: 48 of them. The mismatch mask is without effect where sampler and learner agree.
@@ -29,6 +30,7 @@ def get_config() -> ConfigDict:
   """Returns the config."""
   c = toy.get_config()
   c.agent.name = 'prefix_init'
+  c.agent.options = ConfigDict({'retries': 2})
   c.rl.tasks = 48
   c.rl.memory = ConfigDict({'name': 'successes', 'size': 48, 'most': 16})
   c.reward.shapings = ({'name': 'flags'},)

@@ -7,7 +7,7 @@ import pytest
 
 from agentrl import tools
 from agentrl.agents import base as agents
-from agentrl.core.types import Status, ToolCall, Turn
+from agentrl.core.types import Iteration, Status, ToolCall, Turn
 from agentrl.envs.chains import ChainEnvironment
 from agentrl.tokens import formats
 from agentrl.tokens.chat import ChatTemplate
@@ -82,6 +82,26 @@ def test_the_rule_forgets_the_oldest_until_the_context_fits(stage):
       assert before.tokens[len(before) - len(tail):].tolist() == tail
 
 
+@pytest.mark.parametrize('trained', [0, 4, 99])
+def test_of_a_groups_segments_some_are_trained_on(stage, trained):
+  agent = stage.agent('context_segments', budget=24, trained=trained)
+  got = stage.run(agent, [stage.task(i) for i in range(5)], 3, iteration=Iteration(2, 9), learn=True)
+  sequences = sequences_of(got)
+  at = 0
+  for group in range(5):
+    own = got[3 * group:3 * group + 3]
+    count = sum(len(t.segments) for t in own)
+    masks = [sequences[at + k].loss_mask for k in range(count)]
+    at += count
+    drawn = [s.sampled for t in own for s in t.segments]
+    kept = [k for k in range(count) if masks[k].any()]
+    assert len(kept) == min(sum(d.any() for d in drawn), trained or 99)
+    # A segment is trained on as a whole or not at all.
+    assert all((masks[k] == drawn[k]).all() for k in kept)
+  again = stage.run(agent, [stage.task(i) for i in range(5)], 3, iteration=Iteration(3, 9), learn=True)
+  assert [t.loss_segments for t in again] != [t.loss_segments for t in got] or trained != 4
+
+
 def test_the_policy_forgets_by_a_call(stage):
   with tools.Executor([tools.make('lookup'), tools.make('prune')]) as executor:
     call_format = formats.make('hermes', list(executor.tools.values()))
@@ -102,7 +122,8 @@ def test_the_policy_forgets_by_a_call(stage):
     ('turn_rows', dict(turns=0), 'turns=0'), ('turn_rows', dict(keep=-1), 'keep=-1'),
     ('context_segments', {}, 'nothing is ever forgotten'),
     ('context_segments', dict(budget=-1), 'budget=-1'),
-    ('context_segments', dict(budget=9, max_segments=1), 'max_segments=1')])
+    ('context_segments', dict(budget=9, max_segments=1), 'max_segments=1'),
+    ('context_segments', dict(budget=9, trained=-1), 'trained=-1')])
 def test_numbers_out_of_range_are_refused(stage, name, bad, words):
   with pytest.raises(ValueError, match=words):
     stage.agent(name, **bad)

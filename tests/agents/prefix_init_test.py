@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from agentrl.agents.prefix_init import is_spoiled
 from agentrl.core.types import Iteration, Status, Task, Trajectory, Turn
 from agentrl.experience import base as experience
+from agentrl.tools import base as tools_base
 
 
 def scored(task, sample, success, turns=()):
@@ -60,6 +62,49 @@ def test_the_prefix_is_shown_replayed_and_not_trained_on(stage):
     assert t.status is Status.FINISHED and t.answer == answer and len(t.turns) == 1
 
 
+def test_several_starting_points_are_several_groups(stage):
+  task = stage.task(4, steps=('F', 'G'))
+  answer, needed = task.ground_truth['answer'], task.ground_truth['needed']
+  words = [stage.tokenizer.encode(f'<lookup>{fact}</lookup>', allow_markers=True) for fact in needed]
+  memory = {task.id: {'turns': [*words, [1]], 'start': 2}}
+  stage.script({'<|assistant|>': {answer: 1.0}, answer: {'<|end|>': 1.0}})
+  got = stage.run(stage.agent('prefix_init', starts='parallel'), [task], 6, iteration=Iteration(3, 9, memory))
+  calls = {t.sample: stage.tokenizer.decode(t.segments[0].tokens.tolist()).count('<lookup>') for t in got}
+  assert calls == {0: 0, 1: 0, 2: 1, 3: 1, 4: 2, 5: 2}
+  assert [t.group_id for t in got] == [f'{task.id}/from_{calls[t.sample]}' for t in got]
+  # Without a solution they are one plain group.
+  assert {t.group_id for t in stage.run(stage.agent('prefix_init', starts='parallel'), [task], 2)} == {task.id}
+
+
+def test_what_the_environment_spoiled_is_sampled_anew_from_the_same_point(stage, chain_executor):
+  task = stage.task(4, steps=('F', 'G'))
+  first = stage.tokenizer.encode(f"<lookup>{task.ground_truth['needed'][0]}</lookup>", allow_markers=True)
+  memory = {task.id: {'turns': [first, [1]], 'start': 1}}
+  tool, real, made = chain_executor.tools['lookup'], chain_executor.tools['lookup'].call, []
+
+  async def busy_at_first(state, arguments):
+    made.append(arguments)
+    # The replayed call succeeds, what is asked after it fails the first four times.
+    if arguments['fact'] != task.ground_truth['needed'][0] and sum(a == arguments for a in made) < 5:
+      return tools_base.failure('transient', 'busy')
+    return await real(state, arguments)
+
+  stage.script({'<|assistant|>': {'<lookup>': 1.0}, '<lookup>': {'G': 1.0}, 'G': {'1': 1.0}, '1': {'</lookup>': 1.0}})
+  tool.call = busy_at_first
+  runs = {}
+  try:
+    for retries in (0, 1, 9):
+      made.clear()
+      runs[retries] = stage.run(stage.agent('prefix_init', retries=retries), [task], 1, turns=2,
+                                iteration=Iteration(3, 9, memory))
+  finally:
+    del tool.call
+  for retries, [t] in runs.items():
+    assert is_spoiled(t) == (retries < 9)
+    assert stage.tokenizer.decode(t.segments[0].tokens.tolist()).count(task.ground_truth['needed'][0]) == 1
+    assert t.group_id == task.id and not t.segments[0].sampled[:8].any()
+
+
 def test_a_prefix_that_ends_the_episode_is_the_environments_fault(stage):
   task = stage.task()
   memory = {task.id: {'turns': [stage.tokenizer.encode('7<|end|>', allow_markers=True), [1]], 'start': 1}}
@@ -101,7 +146,7 @@ def test_successes_come_back_one_step_later_one_a_question():
     experience.make('successes', dict(size=0))
 
 
-@pytest.mark.parametrize('bad', [dict(advance=0.0), dict(advance=1.1), dict(size=0)])
+@pytest.mark.parametrize('bad', [dict(advance=0.0), dict(advance=1.1), dict(size=0), dict(retries=-1)])
 def test_numbers_out_of_range_are_refused(stage, bad):
   [(name, value)] = bad.items()
   with pytest.raises(ValueError, match=f'{name}={value}'):

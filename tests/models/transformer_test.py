@@ -17,7 +17,7 @@ from agentrl.models.params import ParamSpec, param_specs
 PLAIN = ModelConfig(vocab_size=30, num_layers=2, width=16, ff_width=24, num_heads=4,
                     num_kv_heads=2, head_dim=8, value_head=True)
 RICH = dataclasses.replace(PLAIN, activation='gelu', gated_mlp=False, qkv_bias=True, qk_norm=True,
-                           tied_embeddings=False, scale_embeddings=True)
+                           tied_embeddings=False, scale_embeddings=True, value_width=6, value_gradient=False)
 RNG = np.random.default_rng(0)
 
 
@@ -108,8 +108,9 @@ def test_matches_a_numpy_transformer(config, temperature):
   np.testing.assert_allclose(got.log_probs[0, :9], expected, atol=2e-5)
   entropies = -(np.exp(log_probs) * log_probs).sum(-1)
   np.testing.assert_allclose(got.entropies[0, :9], np.r_[0.0, entropies[:-1]], atol=2e-5)
-  head = params_of(config)['value']
-  values = hidden @ np.asarray(head['weight'], np.float64) + float(head['bias'])
+  head = jax.tree.map(lambda x: np.asarray(x, np.float64), params_of(config)['value'])
+  states = np.maximum(hidden @ head['hidden'] + head['hidden_bias'], 0) if config.value_width else hidden
+  values = states @ head['weight'] + head['bias']
   np.testing.assert_allclose(got.values[0, :9], np.r_[0.0, values[:-1]], atol=2e-5)
 
 
@@ -121,6 +122,15 @@ def test_packed_equals_unpacked():
     for field in ('log_probs', 'entropies', 'values'):
       np.testing.assert_allclose(getattr(packed, field)[row, at:at + len(s)],
                                  getattr(alone, field)[0, :len(s)], atol=1e-5)
+
+
+@pytest.mark.parametrize('config', [PLAIN, RICH], ids=['plain', 'rich'])
+def test_a_values_gradient_stops_above_the_layers_if_asked_to(config):
+  tokens, positions = np.ones((1, 4), np.int32), np.arange(4, dtype=np.int32)[None]
+  gradient = jax.grad(lambda p: jnp.sum(transformer.evaluate(p, config, tokens, positions, tokens).values))(
+      params_of(config))
+  assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient.pop('value')))
+  assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient)) == config.value_gradient
 
 
 def test_a_value_does_not_see_its_token_nor_what_follows():
