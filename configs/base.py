@@ -130,6 +130,9 @@ def get_config() -> ConfigDict:
   c.rl.select = ()  # {'name': selector, **options} each, in order; see agentrl/algorithms/selectors.py
   c.rl.max_generation_batches = 1  # batches of prompts rolled out at most until enough groups are selected
   c.rl.enough = 1.0  # share of rollouts under way after which the slowest are cut and left out; 1 waits for all
+  c.rl.staleness = 0  # steps that a token may be old when it is learned from: (1 + this) * prompts groups are under way
+  c.rl.overlap = False  # draw on while the learner updates, and take its weights between two chunks
+  c.rl.keep_cache = False  # what older weights computed of the contexts under way is not computed anew
   c.rl.memory = ConfigDict()  # 'name', a module of agentrl/experience, and its arguments; empty for none
   c.rl.side = ConfigDict()  # by any name: 'name', a module of agentrl/training/side, and its arguments; empty for none
   c.rl.reference = False  # keep the policy as it is when the stage begins, for KL terms

@@ -101,6 +101,11 @@ class Stream:
     return len(self._groups)
 
   @property
+  def group_ids(self) -> set[str]:
+    """Of the groups under way."""
+    return {job.group_id for group in self._groups for job in group.order.jobs}
+
+  @property
   def asked(self) -> int:
     """Groups asked for so far."""
     return self._asked

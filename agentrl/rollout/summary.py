@@ -39,6 +39,20 @@ def summarize(trajectories: Sequence[Trajectory]) -> dict[str, float]:
   }
 
 
+def staleness(trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
+  """Returns how old what was sampled is, in steps: the tokens' mean and maximum, and the share not drawn in this step.
+
+  Args:
+    trajectories: Sampled with versions, see `Segment.versions`.
+    step: Steps of the stage done.
+  """
+  versions = np.concatenate([np.zeros(0, int), *(s.versions for t in trajectories for s in t.segments)])
+  lags = step - versions[versions >= 0]
+  lags = lags if len(lags) else np.zeros(1)
+  return {'staleness/mean': float(lags.mean()), 'staleness/max': float(lags.max()),
+          'staleness/share': float((lags > 0).mean())}
+
+
 def wilson_interval(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
   """Returns the Wilson score interval of a share, at 95 % by default.
 

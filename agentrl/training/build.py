@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -59,6 +60,7 @@ class Parts:
 
   def __post_init__(self):
     self._engines: dict[SamplingParams, Engine] = {}
+    self._closing = contextlib.ExitStack()
 
   @property
   def schemas(self) -> list[dict[str, Any]]:
@@ -116,8 +118,13 @@ class Parts:
     shapes = jax.eval_shape(init, key)
     return jax.jit(init, out_shardings=meshes.shardings(param_axes(self.model), shapes, self.mesh))(key)
 
+  def on_close(self, callback: Callable[[], Any]):
+    """Has `close` call a function first."""
+    self._closing.callback(callback)
+
   def close(self):
     """Ends threads and worker processes."""
+    self._closing.close()
     for engine in self._engines.values():
       engine.close()
     self.executor.close()

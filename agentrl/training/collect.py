@@ -19,7 +19,11 @@ from agentrl.experience import base as memories
 from agentrl.experience.base import REPLAYED
 from agentrl.rollout import gather
 from agentrl.rollout.engine import EngineStats, Job
+from agentrl.rollout.store import decode_task, encode_task
+from agentrl.rollout.stream import Order, Stream
+from agentrl.rollout.summary import staleness
 from agentrl.sampling.draw import SamplingParams
+from agentrl.sharding import exchange
 from agentrl.training.build import Parts
 from agentrl.training.state import HostState
 
@@ -44,7 +48,7 @@ class Collector:
     """Makes what a run's config asks for.
 
     Raises:
-      ValueError: if the agent, the memory and the selectors cannot go together.
+      ValueError: if the agent, the memory, the selectors and the staleness cannot go together.
     """
     c = parts.config.rl
     self._parts, self._config = parts, c
@@ -57,6 +61,9 @@ class Collector:
       self.memory = memories.make(self.memory_name, options)
       self._check_memory()
     self._check_agent()
+    self._streamed = c.staleness > 0 or c.overlap
+    self._stream: Stream | None = None  # while steps are done
+    self._check_stream()
     self.names = parts.reward.names | {REPLAYED, *self.agent.names, *(self.memory.names if self.memory else ())}
     self._selectors = [_selector(choice, c.group_size, self.names) for choice in c.select]
     self.engine = parts.engine(SamplingParams(temperature=parts.config.rollout.temperature))
@@ -75,7 +82,7 @@ class Collector:
 
   def begin(self, host: HostState):
     """Goes to the start of the data."""
-    host.cursor = self._iterator.start()
+    host.cursor, host.carried = self._iterator.start(), {}
 
   def warm_up(self, params: Any):
     """Compiles the sampler's shapes."""
@@ -89,8 +96,8 @@ class Collector:
     Rolls out further prompts while too few groups are left, `max_generation_batches` batches at most.
     """
     c, trajectories, kept = self._config, [], []
-    self.engine.sampler.set_params(params)
     self.engine.stats = EngineStats()
+    self._take_weights(params, host)
     for batch in range(c.max_generation_batches):
       fresh = self._roll_out(host, batch)
       clock.lap('rollout')
@@ -114,28 +121,76 @@ class Collector:
     stats = self.engine.stats
     metrics['tokens_per_second/decode'] = stats.decoded_tokens / max(1e-9, stats.total_seconds)
     metrics['decoded_tokens'] = stats.decoded_tokens
+    if self._stream:
+      metrics.update(staleness([t for t in trajectories if not t.rewards.get(REPLAYED)], host.stage_step))
+      metrics['carried_groups'] = self._stream.under_way
     return trajectories, selection
 
   def save(self, host: HostState):
-    """Writes what the memory holds after a step."""
+    """Writes what the memory holds and what is under way after a step; ends it after the last."""
+    if self._stream and host.stage_step == self._config.steps - 1:
+      self._stream.close()
+      self._stream = None
+    host.carried = self._stream.snapshot() if self._stream else {}
     if self.memory:
       self._memory_store.write(host.step + 1, self.memory.trajectories)
       self._memory_store.keep_last(self._parts.config.checkpoint.keep + 1)
 
   def _roll_out(self, host: HostState, batch: int) -> list[Trajectory]:
-    iteration = self._iteration(host, 'agent')
-    jobs = [Job(task, first + k, task.id, program) for task, first in self._ask(host, batch) for k, program in enumerate(
-        self.agent.programs(task, self._config.group_size, iteration))]
+    c = self._config
     rate = functools.partial(self._parts.reward.rate, step=host.stage_step)
-    collected = gather.collect(self.engine, jobs, own=rate, policy_version=host.stage_step, enough=self._config.enough)
+    if self._stream:
+      self._keep_under_way(min(1 + c.staleness, c.steps - host.stage_step) * c.prompts, host, batch)
+      groups = self._stream.take(min(c.prompts, self._stream.under_way))
+      collected = [t for group in groups for t in group]
+      rate(collected)
+    else:
+      iteration = self._iteration(host, 'agent')
+      jobs = [job for task, first in self._ask(host, batch, host.stage_step * c.max_generation_batches + batch)
+              for job in self._jobs(task, first, task.id, iteration)]
+      collected = gather.collect(self.engine, jobs, own=rate, policy_version=host.stage_step, enough=c.enough)
     return [t for t in collected if t.status is not Status.CUT]
 
-  def _ask(self, host: HostState, batch: int) -> list[tuple[Task, int]]:
-    """Returns the tasks of a batch, and the number of the first sample of each."""
+  def _jobs(self, task: Task, first: int, group_id: str, iteration: Iteration) -> list[Job]:
+    programs = self.agent.programs(task, self._config.group_size, iteration)
+    return [Job(task, first + k, group_id, program) for k, program in enumerate(programs)]
+
+  def _take_weights(self, params: Any, host: HostState):
+    """Gives the engine new weights; begins, or goes on with, what is under way."""
+    if not self._streamed:
+      self.engine.sampler.set_params(params)
+      return
+    begun = self._stream is not None
+    if not begun:
+      c = self._config
+      self._stream = Stream(self.engine, staleness=c.staleness, overlap=c.overlap, keep_cache=c.keep_cache)
+      self._parts.on_close(self._stream.close)
+    self._stream.take_weights(params, host.stage_step)
+    if not begun and host.carried:
+      self._stream.restore(host.carried, self._jobs_again)
+
+  def _keep_under_way(self, count: int, host: HostState, batch: int):
+    """Asks for batches of groups while no more than `count` are under way."""
+    orders = None
+    while orders != [] and self._stream.under_way <= max(0, count - self._config.prompts):
+      number, orders = self._stream.asked, []
+      for task, first in self._ask(host, batch, -(-number // self._config.prompts)):
+        # A task that comes again while it is under way is a group of its own.
+        note = {'task': encode_task(task), 'first': first, 'group': f'{task.id}/{number}' if task.id in
+                self._stream.group_ids else task.id, 'step': host.stage_step}
+        orders.append(Order(self._jobs(task, first, note['group'], self._iteration(host, 'agent')), note))
+      self._stream.ask(orders)
+
+  def _jobs_again(self, note: dict[str, Any]) -> list[Job]:
+    iteration = Iteration(note['step'], self._config.steps)
+    return self._jobs(decode_task(note['task']), note['first'], note['group'], iteration)
+
+  def _ask(self, host: HostState, batch: int, number: int) -> list[tuple[Task, int]]:
+    """Returns the tasks of a batch of a step, batch `number` of all, and the number of the first sample of each."""
     c, asked = self._config, {}
     if self.memory and host.stage_step and not self.memory.trajectories:
       self.memory.trajectories = self._memory_store.read_step(host.step)
-    again = ASKED_AGAIN + (host.stage_step * c.max_generation_batches + batch) * c.group_size
+    again = ASKED_AGAIN + number * c.group_size
     for draw in range(MAX_DRAWS):
       due, host.cursor = self._iterator.next(host.cursor)
       first = host.cursor['epoch'] * c.group_size
@@ -170,6 +225,22 @@ class Collector:
       raise ValueError(f'agent {self._parts.config.agent.name!r} edits contexts after sampling and cannot go with '
                        "rl.recompute_behaviour=False, as nothing would know its words' log-probs; set that to True, or "
                        "take agent 'react'")
+
+  def _check_stream(self):
+    """Refuses what cannot go with groups that are under way for several steps."""
+    c, name = self._config, self._parts.config.agent.name
+    if not self._streamed:
+      return
+    if type(self.agent).learn is not agents.Agent.learn:
+      raise ValueError(f'agent {name!r} learns from a batch what it shows in the next and cannot go with '
+                       f'rl.staleness={c.staleness} or rl.overlap, where the next has begun; set them to 0 and False, '
+                       "or take agent 'react'")
+    if exchange.count() > 1:
+      raise ValueError(f'rl.staleness={c.staleness} and rl.overlap={c.overlap} cannot go with {exchange.count()} '
+                       'processes: what is under way is saved by one; set them to 0 and False, or run one process')
+    if c.enough < 1.0:
+      raise ValueError(f'rl.enough={c.enough} cuts the slowest and cannot go with rl.staleness={c.staleness} or '
+                       'rl.overlap, which carry them over to the next step; set it to 1')
 
   def _check_memory(self):
     """Refuses a memory that this run cannot feed."""

@@ -189,7 +189,8 @@ class ReinforcementStage:
       rejected.note(host, self._parts.workdir, batch, applied, i)
     gap = metrics.get('log_prob_gap_max', 0.0)
     # What was kept from earlier steps was sampled by an earlier policy.
-    if gap > self._config.log_prob_tolerance and not self._collector.memory:
+    older = self._collector.memory or (self._config.staleness and not self._config.recompute_behaviour)
+    if gap > self._config.log_prob_tolerance and not older:
       logging.error('Step %d: log-probs of sampler and learner differ by up to %.2e nats, more than '
                     'rl.log_prob_tolerance=%.0e', host.step, gap, self._config.log_prob_tolerance)
 

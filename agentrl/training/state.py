@@ -39,6 +39,7 @@ class HostState:
     seconds: Wall time by phase, over all processes that worked on this run.
     totals: Sums over steps of what is counted, such as tokens, by stage and name.
     memory: What shapings, agents and memories of trajectories find again, by their kind and name.
+    carried: Groups under way from one step to the next, see `agentrl.rollout.stream`; {} where there are none.
     rejected_in_a_row: Updates in a row that were not applied because they were not finite.
   """
 
@@ -50,6 +51,7 @@ class HostState:
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
   totals: dict[str, float] = dataclasses.field(default_factory=dict)
   memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+  carried: dict[str, Any] = dataclasses.field(default_factory=dict)
   rejected_in_a_row: int = 0
 
   def to_json(self) -> dict[str, Any]:

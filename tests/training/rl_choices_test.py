@@ -86,7 +86,7 @@ def test_what_a_memory_holds_is_found_again(tiny_config, tiny_workdir, quick_com
   held = [t.task.id for t in stage._collector.memory.trajectories]
   later = ReinforcementStage(parts, 'rl')
   assert later._collector.memory.trajectories == []
-  tasks = later._collector._ask(host, 0)
+  tasks = later._collector._ask(host, 0, 1)
   assert [t.task.id for t in later._collector.memory.trajectories] == held and len(held) == 4
   assert sum(first >= ASKED_AGAIN for _, first in tasks) == 2
   parts.close()
