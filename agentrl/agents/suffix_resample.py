@@ -16,8 +16,9 @@ class SuffixResample(base.Agent):
   """Independent samples; then one whose call failed is cut shortly before the call, and the rest is sampled anew.
 
   The suffixes are rows with a group of their own, task id + '/suffix', in whose loss only the suffix is. Each ends with
-  its turn: what counts is whether its call runs. Parts: 'suffix' is 1 for them, 'executes' 1 where every call of the
-  suffix's turn ran; 'flawed' is 1 for other rows in which a call failed, or that did not finish.
+  its turn: what counts is whether its call runs. One that answers instead has none to judge and is left out: compared
+  with calls that run, answers would lose, and the policy would call for ever. Parts: 'suffix' is 1 for them, 'executes'
+  1 where every call of the suffix's turn ran; 'flawed' is 1 for other rows in which a call failed, or that did not finish.
 
   One anchor a group, drawn among its rows: no more anchors than questions.
 
@@ -113,7 +114,10 @@ class _Group:
           session.observe(turn, step.calls, step.results)
           answer = step.answer
           session.trajectory.rewards['executes'] = float(bool(step.results) and not failed(turn))
-        session.finish(Status.FINISHED, answer=answer, detail='a suffix ends with its turn')
+        if answer is None:
+          session.finish(Status.FINISHED, detail='a suffix ends with its turn')
+        else:
+          session.discard()
       finally:
         await episode.close()
     return program

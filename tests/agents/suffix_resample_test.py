@@ -20,7 +20,7 @@ def test_suffixes_are_a_group_of_their_own_with_nothing_else_in_their_loss(stage
     for t in rows:
       failed = any(not r.ok for r in t.results)
       assert t.rewards['flawed'] == float(failed or t.status is not Status.FINISHED)
-    assert len(suffixes) == (4 if any(not r.ok for t in rows for r in t.results) else 0)
+    assert len(suffixes) <= (4 if any(not r.ok for t in rows for r in t.results) else 0)
     assert len(rows) + len(suffixes) <= agent.max_trajectories(3)
     for t, sequence in zip(suffixes, sequences_of(suffixes)):
       anchored += 1
@@ -49,6 +49,17 @@ def test_the_cut_is_before_the_call_and_within_its_turn(stage):
     for t in (one, two):
       assert t.loss_from == t.turns[-1].start + shared and t.turns[-1].text == 'H<lookup>F</lookup>'
       assert t.rewards['executes'] == 0.0 and t.results[-1].error == 'no_such_fact'
+
+
+def test_a_suffix_that_answers_has_no_call_to_judge_and_is_left_out(stage):
+  # A thought, then a call of a fact that there is not, or an end, as often.
+  stage.script({'<|assistant|>': {'H': 1.0}, 'H': {'<lookup>': 0.5, '<|end|>': 0.5}, '<lookup>': {'F': 1.0},
+                'F': {'</lookup>': 1.0}})
+  got = stage.run(stage.agent('suffix_resample', suffixes=32, before=0), [stage.task()], 8, turns=2)
+  suffixes = [t for t in got if t.rewards.get('suffix')]
+  # All 32 answer, or none does, in one case of 2^31 each.
+  assert 0 < len(suffixes) < 32
+  assert all(t.answer is None and t.results for t in suffixes)
 
 
 def test_without_a_failed_call_there_is_nothing_to_try_again(stage):
