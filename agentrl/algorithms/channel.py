@@ -41,16 +41,19 @@ class Choice:
     map: (TrainBatch, advantages [B, T], loss_mask [B, T]) -> advantages [B, T].
     rows: (TrainBatch) -> factors [N].
     filter: (TrainBatch, advantages [B, T]) -> factors [N].
+    marks: (TrainBatch, loss_mask [B, T]) -> [B, T] bool.
 
   Attributes:
     name: In configs and messages.
     function: See above.
     reads: Names of the parts of trajectories or tokens that it reads.
+    marks: Of a map: the tokens at which it reached a bound, whose share is a metric; None where it has none.
   """
 
   name: str
   function: Callable[..., Any]
   reads: tuple[str, ...] = ()
+  marks: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,8 @@ AGGREGATIONS: Registry[Callable[..., Any]] = Registry('aggregation', _PACKAGE)
 ROWS: Registry[Callable[..., Any]] = Registry('rows', _PACKAGE)
 FILTERS: Registry[Callable[..., Any]] = Registry('filter', _PACKAGE)
 REGULARISERS: Registry[Callable[..., Regulariser]] = Registry('regulariser', _PACKAGE)
+# Of credit maps that have bounds: `rule(batch, loss_mask, **options of the map) -> [B, T] bool`, where one is reached.
+MARKS: dict[str, Callable[..., Any]] = {}
 
 
 def advantage(name: str, **options) -> Advantage:
@@ -100,7 +102,19 @@ def credit(level: str) -> Credit:
 
 def credit_map(name: str, **options) -> Choice:
   """Makes a change of the tokens' advantages: `rule(batch, advantages [B, T], loss_mask, **options)`."""
-  return _choice('credit map', name, MAPS, options, _of_batch)
+  made = _choice('credit map', name, MAPS, options, _of_batch)
+  mark = MARKS.get(name)
+  if mark is None:
+    return made
+  return dataclasses.replace(made, marks=lambda batch, loss_mask: mark(batch, loss_mask, **_at(options, batch.step)))
+
+
+def marks(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+  """Registers the function it decorates as the one that says where the credit map of that name reaches a bound."""
+  def decorate(function):
+    MARKS[name] = function
+    return function
+  return decorate
 
 
 def rows(name: str, **options) -> Choice:

@@ -2,7 +2,9 @@
 
     r_t = exp(b_t - s_t)          b the learner's behaviour log-prob, s the sampler's
 
-Needs `rl.recompute_behaviour`: without it b is s, and nothing happens.
+Needs `rl.recompute_behaviour`: without it b is s, and nothing happens. With it, b is of the policy before the update,
+and the ratio also corrects for what an older policy has sampled (`rl.staleness`): weights capped at a bound are
+truncated importance weights.
 
 Axes: B rows, T tokens.
 """
@@ -17,8 +19,8 @@ import jax.numpy as jnp
 from agentrl.algorithms import choices, ratios
 from agentrl.core import masked
 
-# 'product' is the whole sequence's ratio, 'sequence' its geometric mean.
-LEVELS = ('token', 'segment', 'sequence', 'product')
+# 'product' is the whole sequence's ratio, 'sequence' its geometric mean; 'segment_product' and 'segment' of a turn.
+LEVELS = ('token', 'segment', 'sequence', 'product', 'segment_product')
 
 
 @choices.MAPS.register('mismatch_mask')
@@ -35,7 +37,7 @@ def mismatch_mask(batch: Any, advantages: chex.Array, loss_mask: chex.Array, *,
     batch: A TrainBatch.
     advantages: [B, T] float32.
     loss_mask: [B, T] bool.
-    level: 'token', 'segment' (a turn, IPA's chunk), 'sequence', or 'product', the sum instead of the mean.
+    level: One of `LEVELS`; IPA's is 'segment', its chunk. The products take the sum instead of the mean.
     low: Lower bound; 0 for IPA, which has only an upper one.
     high: Upper bound. IPA's value was not found; the band is ROLL's.
     part: Token part with the sampler's log-probs.
@@ -43,8 +45,14 @@ def mismatch_mask(batch: Any, advantages: chex.Array, loss_mask: chex.Array, *,
     ValueError: if `level` is unknown.
   Source: IPA (ROME), section 3.2.4; alibaba/ROLL base_config.py.  Deviation: none.
   """
+  outside = _outside(batch, loss_mask, level=level, low=low, high=high, part=part)
+  return jnp.where(outside, 0.0, advantages)
+
+
+@choices.marks('mismatch_mask')
+def _outside(batch, loss_mask, *, level='segment', low=0.8, high=1.2, part='sampler_log_prob'):
   ratio = mismatch(batch, loss_mask, level, part)
-  return jnp.where((ratio >= low) & (ratio <= high), advantages, 0.0)
+  return (ratio < low) | (ratio > high)
 
 
 @choices.MAPS.register('mismatch_weight')
@@ -59,7 +67,7 @@ def mismatch_weight(batch: Any, advantages: chex.Array, loss_mask: chex.Array, *
     batch: A TrainBatch.
     advantages: [B, T] float32.
     loss_mask: [B, T] bool.
-    level: 'token', 'segment', 'sequence' or 'product'.
+    level: One of `LEVELS`.
     cap: Largest weight; 2 in CM2, 1.2 in ROLL.
     veto: Smallest ratio of a token that is put up with; 1e-4 in CM2, 0 for none.
     part: Token part with the sampler's log-probs.
@@ -72,6 +80,12 @@ def mismatch_weight(batch: Any, advantages: chex.Array, loss_mask: chex.Array, *
   return jnp.where(worst >= veto, advantages * weight, 0.0)
 
 
+@choices.marks('mismatch_weight')
+def _bounded(batch, loss_mask, *, level='token', cap=2.0, veto=0.0, part='sampler_log_prob'):
+  worst = -masked.row_segment_max(-mismatch(batch, loss_mask, 'token', part), batch.segment_ids)
+  return (mismatch(batch, loss_mask, level, part) > cap) | (worst < veto)
+
+
 def mismatch(batch: Any, loss_mask: chex.Array, level: str, part: str) -> chex.Array:
   """Returns the geometric mean of the ratios r at a level, or their product, [B, T] float32; 1 outside the loss mask.
 
@@ -80,7 +94,7 @@ def mismatch(batch: Any, loss_mask: chex.Array, level: str, part: str) -> chex.A
   Args:
     batch: A TrainBatch.
     loss_mask: [B, T] bool.
-    level: 'token', 'segment', 'sequence' or 'product'.
+    level: One of `LEVELS`.
     part: Token part with the sampler's log-probs.
   Raises:
     ValueError: if `level` is unknown.
@@ -92,7 +106,8 @@ def mismatch(batch: Any, loss_mask: chex.Array, level: str, part: str) -> chex.A
   sampler = jnp.where(jnp.isfinite(sampler), sampler, behaviour)
   if level == 'token':
     return ratios.token(behaviour, sampler, loss_mask)
-  if level == 'segment':
-    return ratios.segment_geo(behaviour, sampler, loss_mask, batch.segment_ids, batch.turn_ids)
+  if level in ('segment', 'segment_product'):
+    of_turn = ratios.segment_geo if level == 'segment' else ratios.segment_prod
+    return of_turn(behaviour, sampler, loss_mask, batch.segment_ids, batch.turn_ids)
   whole = ratios.trajectory_prod if level == 'product' else ratios.sequence_geo
   return whole(behaviour, sampler, loss_mask, batch.segment_ids)

@@ -77,7 +77,7 @@ class LossBatch(NamedTuple):
       is the denominator of metrics that are sums already.
     steps: [B] int32. Updates made before this one, the same in all rows.
     parts: Name to [B, T] float32: what a clip, a ratio or a regulariser reads; a part of a
-      trajectory stands on all of its tokens.
+      trajectory stands on all of its tokens. '<channel>/<map>' is 1 where the map reached a bound.
   """
 
   tokens: Any
@@ -264,7 +264,7 @@ class Objective:
         'regulariser_weights': jnp.stack(extra, axis=1) if extra else no_terms,
         'row_share': masked.safe_divide(filled, jnp.sum(filled)),
         'steps': jnp.full(rows, step, jnp.int32),
-        'parts': {name: _on_tokens(batch, name) for name in self._loss_reads},
+        'parts': {**{name: _on_tokens(batch, name) for name in self._loss_reads}, **_marks(self.channels, batch)},
     })
 
   def prepare(self, batch: TrainBatch, step: Any = 0) -> LossBatch:
@@ -368,6 +368,7 @@ def _channel_loss(channel: Channel, index: int, log_probs, batch: LossBatch):
       'advantage': advantages,
       'advantage_abs': jnp.abs(advantages),
   }
+  values.update({f'{m.name}_share': batch.parts[f'{channel.name}/{m.name}'] for m in channel.maps if m.marks})
   sums = {f'{channel.name}/{k}': _mean_parts(v, mask) for k, v in values.items()}
   maxima = {f'{channel.name}/ratio_max': jnp.max(jnp.where(mask, ratio, 0.0))}
   return jnp.sum(weights * clipped.loss), Metrics(sums, maxima)
@@ -389,6 +390,12 @@ def _diagnostics(objective: Objective, outputs: PolicyOutputs, batch: LossBatch)
         'value/error_square': jnp.square(error),
     })
   return {name: _mean_parts(value, mask) for name, value in values.items()}
+
+
+def _marks(channels, batch: TrainBatch):
+  """Where the maps of channels reach a bound, by channel and map, [B, T] float32."""
+  return {f'{c.name}/{m.name}': m.marks(batch, _kept(batch, batch.weights)).astype(jnp.float32)
+          for c in channels for m in c.maps if m.marks}
 
 
 def _mean_parts(value, mask):
