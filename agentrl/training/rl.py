@@ -37,6 +37,10 @@ class ReinforcementStage:
     self._collector = Collector(parts)
     names = self._collector.names
     self._sides = {label: sides.make(label, options.to_dict()) for label, options in c.side.items()}
+    for label, side in self._sides.items():
+      if side.needs_reference and not c.reference:
+        raise ValueError(f'rl.side.{label} reads the log-probs of a reference and cannot go with rl.reference=False; set '
+                         'that to True, or leave it out')
     self._part_names, self._token_part_names = _named_parts(
         self._objective, list(self._sides.values()), names, parts.reward.turn_names)
     rate = schedule(c.schedule, c.learning_rate, c.steps * c.minibatches * c.epochs, c.warmup)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
+from agentrl.algorithms import choices
 from agentrl.checkpointing.checkpoints import Checkpointer
 from agentrl.models import transformer
 from agentrl.models.config import ModelConfig
@@ -155,7 +156,35 @@ def test_what_is_not_in_the_loss_is_neither_read_nor_rewarded():
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(one[:2]), jax.device_get(two[:2]))
 
 
+def test_the_weight_of_a_penalty_follows_the_divergence():
+  batch, used = _batch()
+  drift = np.where(batch.loss_mask, 0.3 * np.sin(batch.tokens) + 0.2, 0).astype(np.float32)
+  batch = batch._replace(reference_log_probs=np.where(batch.loss_mask, batch.behaviour_log_probs - drift, 7.0).astype(np.float32))
+  kl = np.mean([drift[batch.loss_mask & (batch.trajectory_ids == i)].mean() for i in range(len(SUCCESS))])
+  side = base.make('kl', {'name': 'adaptive_kl', 'coef': 0.5, 'target': float(kl) / 1.1, 'horizon': 60.0})
+  side.bind(base.Setting(CONFIG, 2))
+  trained, coef = side.begin(_params()), 0.5
+  for _ in range(3):
+    trained, parts, metrics = side.learn(trained, batch, used)
+    np.testing.assert_allclose([metrics['kl'], metrics['coef']], [kl, coef], rtol=1e-5)
+    np.testing.assert_allclose(parts['kl_penalty'], -coef * drift, rtol=1e-5, atol=1e-7)
+    coef *= 1 + 0.1 * len(SUCCESS) / 60  # a tenth too far, by 6 of 60 trajectories
+  # Far beyond the target and far below it the change is bounded to a fifth.
+  for target, change in ((kl / 99, 1 + 0.2 / 10), (kl * 99, 1 - 0.2 / 10)):
+    side = base.make('kl', {'name': 'adaptive_kl', 'coef': 1.0, 'target': float(target), 'horizon': 60.0})
+    side.bind(base.Setting(CONFIG, 2))
+    trained = side.learn(side.begin(_params()), batch, used)[0]
+    np.testing.assert_allclose(trained.params['coef'], change, rtol=1e-5)
+  # Of a constant weight, it is the divergence in the reward that the advantage knows by itself.
+  own = choices.advantage('reward_to_go', kl_in_reward=0.5)
+  given = choices.advantage('reward_to_go', turn_part='kl_penalty')
+  with_part = batch._replace(token_parts={'kl_penalty': -0.5 * drift})
+  np.testing.assert_allclose(given.function(with_part, batch.loss_mask).advantages,
+                             own.function(batch, batch.loss_mask).advantages, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('options, words', [
+    ({'name': 'adaptive_kl', 'target': 0.0}, 'target=0.0'),
     ({'name': 'implicit_prm', 'passes': 0}, 'passes=0'), ({'name': 'implicit_prm', 'beta': -1.0}, 'beta=-1.0'),
     ({'name': 'progress', 'passes': 0}, 'passes=0'), ({'name': 'progress', 'speed': 1}, 'rl.side.x: .*speed'),
 ])
@@ -212,4 +241,10 @@ def test_a_run_with_a_side_model_goes_on_where_it_was(tiny_config, tiny_workdir,
 def test_a_part_that_nobody_gives_is_refused(tiny_config, tiny_workdir):
   change = {**ISTAR, 'side': {'prm': {'name': 'implicit_prm', 'part': 'grace'}}}
   with pytest.raises(ValueError, match="reads the reward part 'grace'"):
+    _begun(tiny_config({'rl.algorithm': 'compose'}), tiny_workdir, change)
+
+
+def test_a_penalty_without_a_reference_is_refused(tiny_config, tiny_workdir):
+  change = {**ISTAR, 'side': {'kl': {'name': 'adaptive_kl'}}}
+  with pytest.raises(ValueError, match='rl.side.kl reads .* cannot go with rl.reference=False; set that to True'):
     _begun(tiny_config({'rl.algorithm': 'compose'}), tiny_workdir, change)

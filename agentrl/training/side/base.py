@@ -36,11 +36,13 @@ class SideModel(Protocol):
     turn_names: Parts of turns that it gives.
     needs: Parts of trajectories that it reads.
     turn_needs: Parts of turns that it reads.
+    needs_reference: Whether it reads reference log-probs.
   """
 
   turn_names: tuple[str, ...]
   needs: tuple[str, ...]
   turn_needs: tuple[str, ...]
+  needs_reference: bool = False
 
   def bind(self, setting: Setting):
     """Takes what it is compiled for; called once, before anything else."""
@@ -59,8 +61,8 @@ class SideModel(Protocol):
       batch: Scored, of the present policy, with all parts that it reads.
       used: Micro-batches that hold anything.
     Returns:
-      Parts by name are [B, T] float32, on the last token in the loss of each turn and 0 elsewhere. Metrics are
-      scalars, 'applied' among them: 0 if an update was not finite.
+      Parts by name are [B, T] float32, on the last token in the loss of each turn and 0 elsewhere, unless they are
+      numbers of tokens and say so. Metrics are scalars, 'applied' among them: 0 if an update was not finite.
     """
 
 

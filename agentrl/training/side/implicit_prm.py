@@ -35,6 +35,7 @@ class ImplicitPrm:
 
   turn_names = ('implicit',)
   turn_needs = ()
+  needs_reference = False
 
   def __init__(self, *, beta: float = 0.05, part: str = 'success', threshold: float = 0.5, learning_rate: float = 1e-3,
                optimizer: str = 'adamw', max_grad_norm: float = 1.0, passes: int = 1):

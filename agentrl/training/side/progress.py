@@ -34,6 +34,7 @@ class Progress:
   """
 
   turn_names = ('progress',)
+  needs_reference = False
 
   def __init__(self, *, part: str = 'total', weight: float = 1.0, grounding: float = 0.5,
                grounding_part: str = 'executable', learning_rate: float = 1e-3, optimizer: str = 'adamw',
