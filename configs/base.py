@@ -133,6 +133,7 @@ def get_config() -> ConfigDict:
   c.rl.staleness = 0  # steps that a token may be old when it is learned from: (1 + this) * prompts groups are under way
   c.rl.overlap = False  # draw on while the learner updates, and take its weights between two chunks
   c.rl.keep_cache = False  # what older weights computed of the contexts under way is not computed anew
+  c.rl.greedy_baseline = False  # roll out each task's likeliest words too: what they earn is the part 'greedy'
   c.rl.memory = ConfigDict()  # 'name', a module of agentrl/experience, and its arguments; empty for none
   c.rl.side = ConfigDict()  # by any name: 'name', a module of agentrl/training/side, and its arguments; empty for none
   c.rl.reference = False  # keep the policy as it is when the stage begins, for KL terms

@@ -72,11 +72,11 @@ class PrefixInit(base.Agent):
     return [self._program(player, turns[:start], f'/from_{start}') for start in points]
 
   def _program(self, player: Player, prefix: list[list[int]], group: str, retries: int | None = None) -> base.Program:
-    """Returns the program of a rollout behind a prefix, in a group of its own if that has a name."""
+    """Returns the program of a rollout behind a prefix, in the group whose name goes on so."""
     left = self._retries if retries is None else retries
 
     async def program(session: Session):
-      session.trajectory.group_id = f'{player.task.id}{group}'
+      session.trajectory.group_id += group
       status = None
       try:
         await self._play(player, session, prefix)
@@ -88,7 +88,7 @@ class PrefixInit(base.Agent):
         [again] = session.fork(1)
         again.rollback(Mark(1, 0, 0))
         session.discard()
-        session.engine.adopt(again, self._program(player, prefix, group, left - 1))
+        session.engine.adopt(again, self._program(player, prefix, '', left - 1))
 
     return program
 

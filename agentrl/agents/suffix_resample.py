@@ -96,7 +96,7 @@ class _Group:
     stem.rollback(Mark(turn.segment + 1, cut, turn.index))
     for suffix in stem.fork(self._suffixes):
       t = suffix.trajectory
-      t.group_id, t.loss_from = f'{t.task.id}/suffix', cut
+      t.group_id, t.loss_from = f'{t.group_id}/suffix', cut
       t.rewards.update(suffix=1.0, executes=0.0)
       suffix.engine.adopt(suffix, self._suffix(snapshot, turn.start))
 

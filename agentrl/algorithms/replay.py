@@ -16,12 +16,12 @@ def given(*, part: str = 'total', baseline_part: str = '') -> Advantage:
       A_i = R_i - b_i
 
   For trajectories that come without their group: with what the group once gave, or with a percentile that a memory
-  notes on them.
+  notes on them. With `rl.greedy_baseline` and baseline_part='greedy' it is ReMax.
 
   Args:
     part: R.
     baseline_part: b; '' for 0.
-  Source: the percentile baseline is SPEAR's.  Deviation: none.
+  Source: the percentile baseline is SPEAR's, the greedy one that of ReMax, arXiv 2310.10505.  Deviation: none.
   Example:
     >>> given(baseline_part='percentile').min_group
     1

@@ -10,6 +10,7 @@ from typing import Any, Callable, Iterable, Mapping
 import numpy as np
 
 from agentrl.agents import base as agents
+from agentrl.agents.react import react
 from agentrl.algorithms import schedules
 from agentrl.algorithms.selectors import COMPARES_GROUPS, SELECTORS, Candidates, Selection
 from agentrl.core import registry
@@ -27,6 +28,8 @@ from agentrl.sharding import exchange
 from agentrl.training.build import Parts
 from agentrl.training.state import HostState
 
+# The part of a trajectory that is the reward of the likeliest one of its task; see `rl.greedy_baseline`.
+GREEDY = 'greedy'
 # Samples of tasks that a memory asks again are numbered from here on, so that no draw repeats.
 ASKED_AGAIN = 1 << 32
 # Batches of tasks drawn at most for one that a memory leaves tasks out of.
@@ -64,9 +67,11 @@ class Collector:
     self._streamed = c.staleness > 0 or c.overlap
     self._stream: Stream | None = None  # while steps are done
     self._check_stream()
-    self.names = parts.reward.names | {REPLAYED, *self.agent.names, *(self.memory.names if self.memory else ())}
+    self.names = parts.reward.names | {REPLAYED, *self.agent.names, *(self.memory.names if self.memory else ()),
+                                       *((GREEDY,) if c.greedy_baseline else ())}
     self._selectors = [_selector(choice, c.group_size, self.names) for choice in c.select]
     self.engine = parts.engine(SamplingParams(temperature=parts.config.rollout.temperature))
+    self._greedy = parts.engine(SamplingParams(temperature=0.0)) if c.greedy_baseline else None
     self._iterator = TaskIterator(_first(parts.train_source, c.tasks), c.prompts, parts.config.seed)
     self._memory_store = parts.store('memory', pieces=False)
 
@@ -86,8 +91,9 @@ class Collector:
 
   def warm_up(self, params: Any):
     """Compiles the sampler's shapes."""
-    self.engine.sampler.set_params(params)
-    self.engine.sampler.warm_up()
+    for engine in filter(None, (self.engine, self._greedy)):
+      engine.sampler.set_params(params)
+      engine.sampler.warm_up()
 
   def collect(self, params: Any, host: HostState, metrics: dict[str, Any],
               clock: Clock) -> tuple[list[Trajectory], Selection]:
@@ -96,12 +102,16 @@ class Collector:
     Rolls out further prompts while too few groups are left, `max_generation_batches` batches at most.
     """
     c, trajectories, kept = self._config, [], []
+    if self._greedy:
+      self._greedy.sampler.set_params(params)
     self.engine.stats = EngineStats()
     self._take_weights(params, host)
     for batch in range(c.max_generation_batches):
       fresh = self._roll_out(host, batch)
       clock.lap('rollout')
       self._parts.reward.shape(fresh, self._iteration(host, 'reward'))
+      if self._greedy:
+        self._note_greedy(fresh, host)
       self.agent.learn(fresh, self._iteration(host, 'agent'))
       rng = np.random.default_rng([self._parts.config.seed, host.step, batch])
       if self.memory:
@@ -150,6 +160,17 @@ class Collector:
               for job in self._jobs(task, first, task.id, iteration)]
       collected = gather.collect(self.engine, jobs, own=rate, policy_version=host.stage_step, enough=c.enough)
     return [t for t in collected if t.status is not Status.CUT]
+
+  def _note_greedy(self, trajectories: list[Trajectory], host: HostState):
+    """Writes on each trajectory what the policy's likeliest words would have earned: part 'greedy'."""
+    parts, tasks = self._parts, {t.task.id: t.task for t in trajectories}
+    jobs = [Job(task, 0, task.id, react(parts.environment, parts.template, task)) for task in tasks.values()]
+    rate = functools.partial(parts.reward.rate, step=host.stage_step)
+    collected = gather.collect(self._greedy, jobs, own=rate, policy_version=host.stage_step)
+    parts.reward.shape(collected, self._iteration(host, GREEDY))
+    earned = {t.task.id: t.rewards['total'] for t in collected}
+    for t in trajectories:
+      t.rewards[GREEDY] = earned[t.task.id]
 
   def _jobs(self, task: Task, first: int, group_id: str, iteration: Iteration) -> list[Job]:
     programs = self.agent.programs(task, self._config.group_size, iteration)

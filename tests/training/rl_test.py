@@ -10,8 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+from agentrl.agents.react import react
 from agentrl.rewards import base as rewards
 from agentrl.rollout import store
+from agentrl.rollout.engine import Job
+from agentrl.sampling.draw import SamplingParams
 from agentrl.training import build
 from agentrl.training.rl import ReinforcementStage
 from agentrl.training.state import HostState, LearnerState
@@ -167,6 +170,27 @@ def test_more_prompts_are_rolled_out_until_enough_groups_are_left(tiny_config, t
   assert (first.weights == 1).all() and metrics['trained_tokens'] == 2 * (first.segment_ids > 0).sum()
   # The second pass is over the same batch, and no longer on-policy.
   jax.tree.map(np.testing.assert_array_equal, first, second)
+  run.parts.close()
+
+
+def test_the_likeliest_words_are_what_each_sample_is_compared_with(tiny_config, tiny_workdir, quick_compile):
+  config = tiny_config({'rl.algorithm': 'compose', 'rl.greedy_baseline': 'true', 'rl.group_size': '2'})
+  with config.unlocked():
+    config.rl.options = {'channels': {'policy': {'advantage': {'name': 'given', 'baseline_part': 'greedy'},
+                                                 'ratio': 'off', 'clip': 'log_likelihood'}}}
+  run = Run(config, tiny_workdir, 'rl')
+  before = jax.device_get(run.state.params)
+  run.step()
+  trajectories = _trajectories(run.folder, 0)
+  tasks = {t.task.id: t.task for t in trajectories}
+  greedy = run.parts.engine(SamplingParams(temperature=0.0))
+  greedy.sampler.set_params(before)
+  found = greedy.collect([Job(task, 7, task.id, react(run.parts.environment, run.parts.template, task))
+                          for task in tasks.values()])
+  earned = {t.task.id: run.parts.reward(t.task, t)['total'] for t in found}
+  assert [t.rewards['greedy'] for t in trajectories] == [earned[t.task.id] for t in trajectories]
+  [batch] = run.batches
+  np.testing.assert_array_equal(batch.parts['greedy'], np.float32([t.rewards['greedy'] for t in trajectories]))
   run.parts.close()
 
 
