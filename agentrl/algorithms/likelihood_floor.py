@@ -18,7 +18,7 @@ GATES = ('response', 'action')
 
 @choices.REGULARISERS.register('llds')
 def llds(*, gate: str = 'response', answer: float = 0.0, channel: int = 0,
-         part: str = 'call') -> Regulariser:
+         part: str = 'call', searches_part: str = '') -> Regulariser:
   """Makes a penalty on what good trajectories lose in likelihood; its coefficient is lambda.
 
       penalty_t = c_t gate max(0, b_t - l_t) 1[A_t >= 0]
@@ -30,9 +30,11 @@ def llds(*, gate: str = 'response', answer: float = 0.0, channel: int = 0,
 
   Args:
     gate: 'response', over the sequence, or 'action', over the turn.
-    answer: Factor of the final answer; min(w, lambda) / lambda in the source, where w is 0.
+    answer: Factor of the final answer, w / lambda and at most 1; the source's w is 0.
     channel: Index of the channel whose advantages are read; a config names it.
     part: Token part that is above 0 in turns that call.
+    searches_part: Part of trajectories, their number n of searches that succeeded: the factor is then
+      `answer` times max(n - 1, 0), the source's adaptive form; '' for none.
   Raises:
     ValueError: if `gate` is unknown.
   Source: LLDS, code vengdeng/LLDS; lambda is 0.2 in its script.  Deviation: the answer is the whole
@@ -44,8 +46,10 @@ def llds(*, gate: str = 'response', answer: float = 0.0, channel: int = 0,
   def function(outputs, batch):
     ids = batch.segment_ids if gate == 'response' else ratios.run_ids(
         batch.loss_mask, batch.segment_ids, batch.turn_ids)
+    searches = jnp.maximum(batch.parts[searches_part] - 1.0, 0.0) if searches_part else 1.0
+    factors = jnp.where(batch.parts[part] > 0, 1.0, jnp.minimum(answer * searches, 1.0))
     return lost_likelihood(outputs.log_probs, batch.behaviour_log_probs, batch.advantages[:, channel],
-                           batch.loss_mask, ids, jnp.where(batch.parts[part] > 0, 1.0, answer))
+                           batch.loss_mask, ids, factors)
 
   return Regulariser('llds', function, needs_drift=True)
 

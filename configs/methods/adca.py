@@ -4,7 +4,8 @@ Exact: labels of plus or minus 0.2; z-scores in the group in which each trajecto
 documentation's; 0.2 in the script) times those plus the outcome's z-score on the last turn, summed from each turn
 on; KL 0.001.
 Ours: a rule of the toy world labels; the weight is not switched off after 20 epochs, which the toy run never
-reaches. Rollouts that are guided by retrieved experience are left out.
+reaches. Rollouts that are guided by retrieved experience are configs/methods/agent_evolver.py; its other
+scheme is the shaping's scheme 'allocation' with alpha 1 and part ''.
 
     python -m agentrl.main --config=configs/methods/adca.py --workdir=runs/adca
 

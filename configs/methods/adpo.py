@@ -18,7 +18,7 @@ METHOD = dict(
     title='ADPO',
     source='Agent0, code aiming-lab/Agent0',
     exact='votes as labels, scale 0.5 to 1, upper bound by agreement, band [0.3, 0.8], KL 0.01',
-    ours='the band selects groups of a step',
+    ours='the band selects groups of a step; no curriculum agent',
     test='tests/algorithms/consensus_test.py',
     claim=None)
 

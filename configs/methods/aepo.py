@@ -5,7 +5,8 @@ Exact: the first rollout tells how many begin: n sigmoid((H_root - H_tool) / 2) 
 A (1 + 0.2 z(H)) within the group. Read in third-party copies of the code: 16 rollouts, batch 64, 8 updates a step,
 learning rate 1e-6. The released scripts switch branching off, and their entropies are 0 unless there is an entropy
 bonus; ours does what the paper says.
-Ours: the first rollout is one of the group's; 2 updates a step.
+Ours: the first rollout is one of the group's; 2 updates a step. As in configs/methods/arpo.py there is no bonus for
+using both tools.
 
     python -m agentrl.main --config=configs/methods/aepo.py --workdir=runs/aepo
 
@@ -20,7 +21,7 @@ METHOD = dict(
     title='AEPO',
     source='copies of the AEPO tree',
     exact='monitored start, branch penalty 0.05, grad_preserve, entropy weight 0.2',
-    ours='the monitoring rollout is one of the group',
+    ours='the monitoring rollout is one of the group; no bonus for two tools; 2 updates a step',
     test='tests/agents/branch_entropy_test.py',
     claim=dict(metric='success', better='higher', than='arpo'))
 

@@ -18,7 +18,7 @@ METHOD = dict(
     title='CM2',
     source='code namezhenzhang/CM2-RLCR-Tool-Agent',
     exact='turn scores less the mean of the same turns, cap 2, veto 1e-4, KL 1e-4',
-    ours='a rule checks the list',
+    ours='a rule checks the list, so that no judge fails and nothing is left out for it',
     test='tests/algorithms/turn_credit_test.py',
     claim=dict(metric='avoidable_calls', better='lower', than='grpo'))
 

@@ -2,7 +2,7 @@
 
 Yu et al., arXiv 2503.14476. Paper: Lmax 20480, buffer 4096, 16 samples of 512 questions, 16 updates a step,
 learning rate 1e-6, temperature 1, rewards of -1 and 1. With rewards of 0 and 1 half its length penalty is the same
-after the z-score.
+after the z-score. The release rolls out three times as many questions at once; here one batch after the other.
 
     python -m agentrl.main --config=configs/methods/dapo.py --workdir=runs/dapo
 

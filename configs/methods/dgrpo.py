@@ -2,7 +2,8 @@
 
 Source: a single secondary page; whether it divides by a deviation was not seen. A weight on the reward of a whole
 group has no effect under a z-score, so it multiplies the advantages after it. Paper: 8 samples, learning rate 1e-6,
-batch 64. The reward is the sum of accuracy, format and tool use; here tool use is that all calls parse.
+batch 64. The reward is the sum of accuracy, format and tool use; here tool use is that all calls parse, and accuracy
+has no bounds by task, as the source's overlaps in time have.
 
     python -m agentrl.main --config=configs/methods/dgrpo.py --workdir=runs/dgrpo
 

@@ -4,6 +4,7 @@ Exact: every turn carries the trajectory's reward, so that long ones weigh more 
 gives each trajectory the same weight. Clip 0.2 / 0.3, KL 0.001. The paper: 8 samples, learning rate 1e-6,
 temperature 0.7.
 Every turn is a row whose context is the question and a memory of calls and results.
+Rows with too long a prompt are left out and empty rollouts asked again in the release; neither occurs here.
 Ours: a rule writes the memory, where the paper has frozen models around the planner; the answer is checked, not judged.
 
     python -m agentrl.main --config=configs/methods/flow_grpo.py --workdir=runs/flow_grpo

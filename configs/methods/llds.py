@@ -2,7 +2,8 @@
 
 Exact: 0.2 (the script's; the yaml has 0) times the likelihood lost since sampling, on tokens with A >= 0 of
 sequences that lose in sum, final answers left out; on GRPO with KL 0.001.
-Ours: the answer is the turn without a call; 2 minibatches a step, because nothing is lost before a first update.
+Ours: the answer is the turn without a call, and has the default factor 0 (the adaptive one is option `searches_part`);
+2 minibatches a step, because nothing is lost before a first update.
 
     python -m agentrl.main --config=configs/methods/llds.py --workdir=runs/llds
 

@@ -19,7 +19,7 @@ METHOD = dict(
     title='LOOP',
     source='arXiv 2502.01600, code apple/ml-loop',
     exact='leave-one-out, reciprocal clip 0.1, |A| of at least 0.01, mean of means, 2 epochs',
-    ours='none',
+    ours='no end of an iteration at a divergence above 20; no rollout is cut',
     test='tests/algorithms/conditional_test.py',
     claim=dict(metric='success', better='higher', than='rloo'))
 

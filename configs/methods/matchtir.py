@@ -18,7 +18,7 @@ METHOD = dict(
     title='MatchTIR',
     source='code quchangle1/MatchTIR',
     exact='Hungarian matching, (A_trajectory + A_turn) / 2, KL and entropy 0.001',
-    ours='none',
+    ours='true calls are the facts to look up; population deviations; 8 samples',
     test='tests/rewards/turn_shapings_test.py',
     claim=dict(metric='avoidable_calls', better='lower', than='grpo'))
 

@@ -2,7 +2,7 @@
 
 Source read on a secondary page. Value (largest reward - mean) * deviation; which groups are replaced, the decay of
 repeated ones and the weights of the stages (calls parse, format, answer) were not found. Paper: 5 samples, learning
-rate 1e-6, KL .001, clip .2.
+rate 1e-6, KL .001, clip .2; answers scored by BLEU or by a model, here right or wrong.
 
     python -m agentrl.main --config=configs/methods/vspo.py --workdir=runs/vspo
 
@@ -17,7 +17,7 @@ METHOD = dict(
     title='VSPO + PRS',
     source='VSPO, secondary page',
     exact='value of a group, groups drawn in proportion to it, KL .001',
-    ours='groups of value 0 are replaced, repeats share their advantage, stage weights .1 .1 .8',
+    ours='groups of value 0 are replaced, repeats share their advantage, stage weights .1 .1 .8; no judge',
     test='tests/algorithms/selectors_test.py',
     claim=dict(metric='success', better='higher', than='grpo'))
 

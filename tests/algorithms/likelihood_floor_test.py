@@ -60,6 +60,21 @@ def test_in_an_objective_answers_are_turns_without_a_call():
   np.testing.assert_allclose(metrics.sums['loss/llds'][0], .2 * .5 * held.sum() / batch.loss_mask.sum(), rtol=1e-4)
 
 
+def test_answers_may_be_held_by_how_much_was_searched():
+  batch, outputs = example_batch(reads=['call', 'searches'])
+  batch = batch._replace(parts={'searches': np.float32(np.arange(len(batch.weights)) % 4)},
+                         token_parts={'call': batch.token_parts['call']})
+  fallen = outputs._replace(log_probs=np.where(batch.loss_mask, batch.behaviour_log_probs - .5, 0).astype(np.float32))
+  made = make('compose', regularisers={'llds': {'coef': .2, 'answer': .4, 'searches_part': 'searches'}})
+  prepared = made.prepare(batch)
+  # 0 and 1 searches: nothing; 2: 0.4; 3: 0.8.
+  factor = np.float32([0, 0, .4, .8])[np.maximum(batch.trajectory_ids, 0) % 4]
+  factor = np.where(batch.token_parts['call'] > 0, 1, factor) * batch.loss_mask
+  held = factor * (np.asarray(prepared.advantages)[:, 0] >= 0)
+  _, metrics = made.loss(fallen, prepared)
+  np.testing.assert_allclose(metrics.sums['loss/llds'][0], .2 * .5 * held.sum() / batch.loss_mask.sum(), rtol=1e-4)
+
+
 def test_at_the_first_update_it_is_nothing_and_a_run_with_one_is_refused():
   batch, outputs = example_batch(reads=['call'])
   made = make('compose', regularisers={'llds': .2})

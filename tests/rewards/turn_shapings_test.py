@@ -60,6 +60,17 @@ def test_labels_of_turns():
     base.make('chains', shapings=[{'name': 'step_label', 'size': 0.0}])
 
 
+def test_an_outcome_is_allocated_to_the_turns_that_speak_for_it():
+  good, wrong = _scored('step_label', _trajectory(FIRST, NOISE, SECOND, ANSWER),
+                        _trajectory(FIRST, ANSWER, answer='9'), scheme='allocation', minor=.5)
+  # Three good turns and one of no use; then one good and one bad turn of a failure.
+  np.testing.assert_allclose(good.turn_rewards['step_label'], np.array([1, .5, 1, 1]) / 3.5)
+  np.testing.assert_allclose(wrong.turn_rewards['step_label'], -np.array([.5, 1]) / 1.5)
+  for options, words in (({'scheme': 'even'}, "scheme='even'"), ({'minor': 0.0}, 'minor=0.0')):
+    with pytest.raises(ValueError, match=words):
+      base.make('chains', shapings=[{'name': 'step_label', **options}])
+
+
 def test_the_majority_of_each_group_is_its_label():
   answers = ['4', ' 4', '7', None], ['1', '2'], [None, '']
   got = _scored('majority_vote', *(_trajectory(ANSWER, answer=a, group=str(g))
