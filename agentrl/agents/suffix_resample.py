@@ -15,10 +15,11 @@ from agentrl.rollout.session import Mark, Session
 class SuffixResample(base.Agent):
   """Independent samples; then one whose call failed is cut shortly before the call, and the rest is sampled anew.
 
-  The suffixes are rows with a group of their own, task id + '/suffix', in whose loss only the suffix is. Each ends with
-  its turn: what counts is whether its call runs. One that answers instead has none to judge and is left out: compared
-  with calls that run, answers would lose, and the policy would call for ever. Parts: 'suffix' is 1 for them, 'executes'
-  1 where every call of the suffix's turn ran; 'flawed' is 1 for other rows in which a call failed, or that did not finish.
+  The suffixes are rows with a group of their own, '/suffix' behind the group's name, in whose loss only the suffix is.
+  Each ends with its turn: what counts is whether its call runs. One that answers instead has none to judge and is left
+  out: compared with calls that run, answers would lose, and the policy would call for ever. Parts: 'suffix' is 1 for
+  them, 'executes' 1 where every call of the suffix's turn ran; 'flawed' is 1 for other rows in which a call failed, or
+  that did not finish.
 
   One anchor a group, drawn among its rows: no more anchors than questions.
 
