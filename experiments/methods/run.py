@@ -152,39 +152,42 @@ def cold_start_config() -> ConfigDict:
   return config
 
 
-def make_cold_start(workdir: pathlib.Path, console: rich.console.Console):
+def make_cold_start(workdir: pathlib.Path, console: rich.console.Console, keys: frozenset[str]):
   """Trains the policy that all methods start from, unless it is there; one process at a time."""
   workdir.parent.mkdir(parents=True, exist_ok=True)
   with open(workdir.parent / '.cold_start.lock', 'w', encoding='utf-8') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     config = cold_start_config()
-    if not is_cold_start(workdir, config):
+    if not is_cold_start(workdir, config, keys):
       shutil.rmtree(workdir, ignore_errors=True)
       console.print(f'Cold start, once for all methods, in {workdir}')
       loop.run(config, workdir)
 
 
-def is_cold_start(workdir: pathlib.Path, config: ConfigDict) -> bool:
-  """Whether a finished cold start of this config is there."""
+def is_cold_start(workdir: pathlib.Path, config: ConfigDict, keys: frozenset[str]) -> bool:
+  """Whether a finished cold start is there whose config differs in no setting that counts; see `counted`."""
   summary = workdir / 'summary.json'
   return (summary.exists() and COLD_START in json.loads(summary.read_text())
-          and (workdir / 'config.json').read_text().strip() == config_lib.to_json(config).strip())
+          and counted(json.loads((workdir / 'config.json').read_text()), keys) == counted(config.to_dict(), keys))
 
 
-def fingerprint(config: ConfigDict, cold_start: pathlib.Path, keys: frozenset[str]) -> str:
-  """Returns a hash of what decides a run's outcome: its config and the policy it starts from.
+def counted(settings: dict[str, Any], keys: frozenset[str]) -> dict[str, Any]:
+  """Returns the settings that decide an outcome, as 'section.key' -> value.
 
   Args:
-    config: Of the run.
-    cold_start: Workdir of the cold start.
+    settings: Of a config.
     keys: Those that count whatever their value. One that was added to base.py later counts where it
       is not at its default: until then it changes nothing.
   """
   base = _flat(config_lib.load(_ROOT / 'configs' / 'base.py').to_dict())
-  texts = []
-  for settings in (config.to_dict(), json.loads((cold_start / 'config.json').read_text())):
-    texts.append({k: v for k, v in _flat(settings).items()
-                  if k != 'checkpoint.init_from' and (k in keys or k not in base or v != base[k])})
+  return {k: v for k, v in _flat(settings).items()
+          if k != 'checkpoint.init_from' and (k in keys or k not in base or v != base[k])}
+
+
+def fingerprint(config: ConfigDict, cold_start: pathlib.Path, keys: frozenset[str]) -> str:
+  """Returns a hash of what decides a run's outcome: its config and the policy it starts from; see `counted`."""
+  started_from = json.loads((cold_start / 'config.json').read_text())
+  texts = [counted(settings, keys) for settings in (config.to_dict(), started_from)]
   return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -293,8 +296,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   cold_start = options.runs / COLD_START
   failed, made, left = [], 0, []
   try:
-    make_cold_start(cold_start, console)
     keys, marks = known_keys(options.out), {}
+    make_cold_start(cold_start, console, keys)
     for run in plan(options.methods, options.seeds):
       config = run_config(run, cold_start, options.tasks)
       marks[run] = config, fingerprint(config, cold_start, keys)

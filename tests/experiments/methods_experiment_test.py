@@ -126,17 +126,18 @@ def test_one_process_at_a_time_does_a_run(run, tmp_path):
 def test_a_cold_start_of_another_config_is_made_again(run, tmp_path):
   config = run.cold_start_config()
   assert config.stages == ('sft', 'eval:cold_start')
+  keys = run.known_keys(tmp_path)
   # What is not taken from the toy config is what reinforcement alone reads.
   toy = run.config_of('cold_start')
   assert {key for key in toy if config[key] != toy[key]} == {'stages', 'rl'}
-  assert not run.is_cold_start(tmp_path, config)
+  assert not run.is_cold_start(tmp_path, config, keys)
   (tmp_path / 'config.json').write_text(run.config_lib.to_json(config) + '\n')
   (tmp_path / 'summary.json').write_text(json.dumps({'sft': {}}))
-  assert not run.is_cold_start(tmp_path, config)
+  assert not run.is_cold_start(tmp_path, config, keys)
   (tmp_path / 'summary.json').write_text(json.dumps({'cold_start': {}}))
-  assert run.is_cold_start(tmp_path, config)
+  assert run.is_cold_start(tmp_path, config, keys)
   config.sft.share_right = 0.1
-  assert not run.is_cold_start(tmp_path, config)
+  assert not run.is_cold_start(tmp_path, config, keys)
 
 
 def _result(method, seed, success, calls=1.0, world=None, world_hash='w'):
