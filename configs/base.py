@@ -46,7 +46,10 @@ def get_config() -> ConfigDict:
   c.model.compute_dtype = 'float32'
   c.model.unroll_layers = True
   c.model.remat = False
-  c.model.logit_chunk = 0
+  c.model.remat_policy = 'nothing'  # what is kept with remat: 'nothing', 'attention', 'dots'
+  c.model.logit_chunk = 0  # tokens whose logits exist at a time, on each device; 0 for all
+  c.model.attention = 'auto'  # of the learner: 'xla', 'cudnn', 'splash'; 'auto' for the platform's
+  c.model.expert_product = 'auto'  # of the learner: 'xla', 'megablox'; 'auto' for the platform's
   c.model.value_width = 0  # hidden units of the value head of a policy that has one; 0 for a linear one
   c.model.value_gradient = True  # whether the value head's gradient reaches the layers below it
   c.model.lora_targets = ()  # linears with an adapter, such as ('*_proj',); only adapters are trained then

@@ -86,7 +86,12 @@ class ModelConfig:
     unroll_layers: Unroll the learner's loop over layers rather than scan: 1.5 times faster on CPU, but
       compile time grows with L.
     remat: Recompute each layer in the backward pass instead of keeping its activations.
-    logit_chunk: Tokens whose logits exist at one time in the learner; 0 for all at once.
+    remat_policy: What is kept all the same: 'nothing', 'attention' (what attention gives), or 'dots' (what products with
+      weights give).
+    logit_chunk: Tokens whose logits exist at one time in the learner, on each device; 0 for all at once.
+    attention: Of the learner: 'xla', 'cudnn' (GPU), 'splash' (TPU), or 'auto' for the one of the platform; see
+      `agentrl.models.attention`.
+    expert_product: Of the learner: 'xla', 'megablox' (TPU), or 'auto'; see `agentrl.models.grouped`.
   """
 
   vocab_size: int
@@ -129,15 +134,19 @@ class ModelConfig:
   compute_dtype: str = 'float32'
   unroll_layers: bool = True
   remat: bool = False
+  remat_policy: str = 'nothing'
   logit_chunk: int = 0
+  attention: str = 'auto'
+  expert_product: str = 'auto'
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f'num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}')
     if self.head_dim % 2:
       raise ValueError(f'head_dim={self.head_dim} is odd; rotary positions turn pairs, take an even one')
-    if self.activation not in ACTIVATIONS:
-      raise ValueError(f'activation={self.activation!r} is unknown; known: {", ".join(ACTIVATIONS)}')
+    for name, known in _CHOICES.items():
+      if getattr(self, name) not in known:
+        raise ValueError(f'{name}={getattr(self, name)!r} is unknown; known: {", ".join(known)}')
     if self.activation == 'clamped_swiglu' and not self.gated_mlp:
       raise ValueError("activation='clamped_swiglu' is a gate; it needs gated_mlp=True")
     small = [f.name for f in dataclasses.fields(self)
@@ -184,7 +193,16 @@ class ModelConfig:
 
 
 ACTIVATIONS = ('silu', 'gelu', 'relu2', 'clamped_swiglu')
+_CHOICES = {
+    'activation': ACTIVATIONS,
+    'remat_policy': ('nothing', 'attention', 'dots'),
+    'attention': ('auto', 'xla', 'cudnn', 'splash'),
+    'expert_product': ('auto', 'xla', 'megablox'),
+}
 ROPE_SCALINGS = ('linear', 'llama3', 'yarn')
 # As checkpoints and adapters name them.
 LINEARS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
+# What a run decides about a policy whose shape a checkpoint gives.
+RUN_SETTINGS = ('param_dtype', 'compute_dtype', 'unroll_layers', 'remat', 'remat_policy', 'logit_chunk', 'attention',
+                'expert_product', 'lora_rank', 'lora_alpha', 'lora_targets')
 _MAY_BE_ZERO = ('logit_chunk', 'num_experts', 'experts_per_token', 'known_tokens', 'value_width')

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from agentrl.models.activations import activate
 from agentrl.models.config import ModelConfig, RopeScaling
+from agentrl.models.experts import experts
+from agentrl.sharding import mesh as meshes
 
 # Finite, so that a row with nothing to attend to gives a mean instead of NaN.
 MASKED = -1e30
+
+
+# Logical axes of the learner's residual stream but the last.
+STREAM = ('batch', 'length')
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: bool = False) -> jax.Array:
@@ -94,29 +101,30 @@ class Sight(NamedTuple):
   Attributes:
     cos: [..., Dh/2] float32, see `rotary_angles`.
     sin: As cos.
-    mask: [..., S] bool, True where a query may look.
+    mask: [..., S] bool, True where a query may look; None where attention needs none.
   """
 
   cos: jax.Array
   sin: jax.Array
-  mask: jax.Array
+  mask: jax.Array | None
 
 
-def sights(config: ModelConfig, positions: jax.Array, distances: jax.Array, mask: jax.Array) -> tuple[Sight, ...]:
+def sights(config: ModelConfig, positions: jax.Array, distances: jax.Array,
+           mask: jax.Array | None) -> tuple[Sight, ...]:
   """Returns what each of the `config.kinds` of layers sees.
 
   Args:
     config: Of the policy.
     positions: [...] int32 of the queries.
     distances: [..., S] int32, or broadcasting to the mask: from key to query, tokens.
-    mask: [..., S] bool, where a query may look if nothing limits its window.
+    mask: [..., S] bool, where a query may look if nothing limits its window; None for no masks.
   """
   out = []
   for window in config.kinds:
     local = window and config.local_rope_theta
     cos, sin = rotary_angles(positions, config.head_dim, local or config.rope_theta,
                              None if local else config.rope_scaling)
-    out.append(Sight(cos, sin, mask & (distances < window) if window else mask))
+    out.append(Sight(cos, sin, mask & (distances < window) if window and mask is not None else mask))
   return tuple(out)
 
 
@@ -127,24 +135,34 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def project(x: jax.Array, weights: jax.Array) -> jax.Array:
-  """Returns x @ weights for x [..., D] and weights [D, F], as one plain matrix product.
+  """Returns x @ weights, [..., *F], for x [..., D] and weights [D, *F].
 
-  With the leading axes kept apart, XLA's CPU backend transposes operands in the backward pass: 15 % of an update.
+  On one device it is one plain matrix product: with the leading axes kept apart, XLA's CPU backend transposes operands
+  in the backward pass, 15 % of an update. On a mesh all axes are kept apart: to merge one that is split with others
+  moves weights or activations between devices.
   """
-  flat = x.reshape(-1, x.shape[-1]) @ weights.astype(x.dtype)
-  return flat.reshape(*x.shape[:-1], weights.shape[-1])
+  if meshes.current() is not None:
+    return jax.lax.dot_general(x, weights.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+  flat = x.reshape(-1, x.shape[-1]) @ weights.reshape(x.shape[-1], -1).astype(x.dtype)
+  return flat.reshape(*x.shape[:-1], *weights.shape[1:])
 
 
-@jax.custom_vjp
-def halve(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the two halves of the last axis; the gradient is one concatenation, not two paddings and a sum."""
-  return tuple(jnp.split(x, 2, axis=-1))
+def _without_length(axes: Sequence[str | None]) -> list[str | None]:
+  return [None if a == 'length' else a for a in axes]
 
 
-halve.defvjp(lambda x: (halve(x), None), lambda _, grads: (jnp.concatenate(grads, axis=-1),))
+def _enter(h: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+  """Gathers the rows that a product with split columns reads whole: lest weights be gathered instead."""
+  return meshes.move(h, (*axes, None), (*_without_length(axes), None))
 
 
-def project_qkv(layer: dict[str, Any], x: jax.Array, cos: jax.Array, sin: jax.Array, config: ModelConfig):
+def _leave(y: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+  """Splits again what `_enter` gathered: the parts of a sum go to where the rows lie."""
+  return meshes.move(y, (*_without_length(axes), None), (*axes, None))
+
+
+def project_qkv(layer: dict[str, Any], x: jax.Array, cos: jax.Array, sin: jax.Array, config: ModelConfig,
+                axes: Sequence[str | None] = STREAM):
   """Returns rotated queries, rotated keys and values of normalised inputs.
 
   Args:
@@ -153,13 +171,13 @@ def project_qkv(layer: dict[str, Any], x: jax.Array, cos: jax.Array, sin: jax.Ar
     cos: [..., Dh/2] float32, see `rotary_angles`.
     sin: As cos.
     config: Of the policy.
+    axes: Logical axes of x but the last.
   Returns:
     Queries [..., K, H/K, Dh], keys [..., K, Dh], values [..., K, Dh].
   """
   k, g, dh = config.num_kv_heads, config.group_size, config.head_dim
-  h = norm(x, layer['attention_norm'], config)
-  qkv = project(h, layer['qkv'].reshape(config.width, -1))
-  qkv = qkv.reshape(*x.shape[:-1], k, g + 2, dh)
+  h = _enter(norm(x, layer['attention_norm'], config), axes)
+  qkv = project(h, layer['qkv'])
   if any(n in config.adapted for n in ('q_proj', 'k_proj', 'v_proj')):
     parts = [adapt(layer, n, h, config).reshape(*x.shape[:-1], k, -1, dh) if n in config.adapted else
              jnp.zeros((*x.shape[:-1], k, g if n == 'q_proj' else 1, dh), h.dtype)
@@ -167,6 +185,7 @@ def project_qkv(layer: dict[str, Any], x: jax.Array, cos: jax.Array, sin: jax.Ar
     qkv += jnp.concatenate(parts, axis=-2)
   if config.qkv_bias:
     qkv += layer['qkv_bias'].astype(h.dtype).reshape((1,) * (x.ndim - 1) + (k, g + 2, dh))
+  qkv = meshes.constrain(qkv, (*_without_length(axes), 'kv_heads', None, None))
   q, key, value = qkv[..., :g, :], qkv[..., g, :], qkv[..., g + 1, :]
   if config.qk_norm:
     q = norm(q, layer['query_norm'], config)
@@ -230,83 +249,41 @@ def adapt(layer: dict[str, Any], name: str, x: jax.Array, config: ModelConfig) -
   return project(project(x, pair['a']), pair['b']) * jnp.asarray(config.lora_alpha / config.lora_rank, x.dtype)
 
 
-def add_attention(layer: dict[str, Any], x: jax.Array, attended: jax.Array, config: ModelConfig) -> jax.Array:
-  """Returns x + attended @ out, for attended [..., K, H/K, Dh]."""
+def add_attention(layer: dict[str, Any], x: jax.Array, attended: jax.Array, config: ModelConfig,
+                  axes: Sequence[str | None] = STREAM) -> jax.Array:
+  """Returns x + attended @ out, for attended [..., K, H/K, Dh]; axes are the logical ones of x but the last."""
   heads = attended.reshape(*x.shape[:-1], -1)
   y = project(heads, layer['out'].reshape(-1, x.shape[-1]))
   if 'o_proj' in config.adapted:
     y += adapt(layer, 'o_proj', heads, config)
   if config.output_bias:
     y += layer['out_bias'].astype(y.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+  y = _leave(y, axes)
   return x + (norm(y, layer['attention_post_norm'], config) if config.post_norms else y)
 
 
-def add_mlp(layer: dict[str, Any], x: jax.Array, config: ModelConfig) -> jax.Array:
-  """Returns x + mlp(norm(x)), [..., D], or x + experts(norm(x))."""
+def add_mlp(layer: dict[str, Any], x: jax.Array, config: ModelConfig,
+            axes: Sequence[str | None] = STREAM) -> jax.Array:
+  """Returns x + mlp(norm(x)), [..., D], or x + experts(norm(x)).
+
+  Args:
+    layer: One layer's parameters.
+    x: [..., D] the residual stream.
+    config: Of the policy.
+    axes: Logical axes of x but the last.
+  """
   h = norm(x, layer['mlp_norm'], config)
-  y = experts(layer, h, config) if config.num_experts else _mlp(layer, h, config)
+  y = experts(layer, h, config, axes) if config.num_experts else _leave(_mlp(layer, _enter(h, axes), config), axes)
   return x + (norm(y, layer['mlp_post_norm'], config) if config.post_norms else y)
 
 
 def _mlp(layer: dict[str, Any], h: jax.Array, config: ModelConfig) -> jax.Array:
-  up = project(h, layer['up'].reshape(config.width, -1))
+  up = project(h, layer['up'])
   added = [n for n in ('gate_proj', 'up_proj') if n in config.adapted]
   if added:
     parts = [adapt(layer, n, h, config) if n in added else jnp.zeros((*h.shape[:-1], config.ff_width), h.dtype)
              for n in ('gate_proj', 'up_proj')[0 if config.gated_mlp else 1:]]
-    up += jnp.concatenate(parts, axis=-1)
+    up += jnp.stack(parts, axis=-2)
   h = activate(up, config)
   y = project(h, layer['down'])
   return y + adapt(layer, 'down_proj', h, config) if 'down_proj' in config.adapted else y
-
-
-def activate(up: jax.Array, config: ModelConfig) -> jax.Array:
-  """Returns [..., F] from what the up projection gives: [..., 2 F], gates first, or [..., F] without gates.
-
-  Source: SwiGLU, Shazeer, arXiv 2002.05202; squared ReLU, So et al., arXiv 2109.08668; clamped_swiglu,
-  min(g, limit) sigmoid(alpha g) (clip(u) + 1), as gpt-oss's implementation does.
-  """
-  if config.activation == 'clamped_swiglu':
-    gate, up = halve(up)
-    gate = jnp.minimum(gate, config.swiglu_limit)
-    up = jnp.clip(up, -config.swiglu_limit, config.swiglu_limit)
-    return gate * jax.nn.sigmoid(config.swiglu_alpha * gate) * (up + 1)
-  act = {'silu': jax.nn.silu, 'gelu': jax.nn.gelu, 'relu2': lambda y: jnp.square(jax.nn.relu(y))}[
-      config.activation]
-  if config.gated_mlp:
-    gate, up = halve(up)
-    return act(gate) * up
-  return act(up)
-
-
-def experts(layer: dict[str, Any], h: jax.Array, config: ModelConfig) -> jax.Array:
-  """Returns the weighted sum of each token's best experts, [..., D]; no token is dropped.
-
-  Tokens are sorted by expert, so that each expert is one stretch of one grouped product.
-
-  Args:
-    layer: One layer's parameters.
-    h: [..., D] normalised inputs.
-    config: Of the policy.
-  Source: Shazeer et al., arXiv 1701.06538.
-  """
-  n, d, k = h.size // h.shape[-1], h.shape[-1], config.experts_per_token
-  flat = h.reshape(n, d)
-  scores = jnp.matmul(flat, layer['router'].astype(h.dtype), preferred_element_type=jnp.float32)
-  if config.expert_bias:
-    scores += layer['router_bias'].astype(jnp.float32)[None]
-  best, chosen = jax.lax.top_k(scores, k)
-  weights = jnp.exp(best - jax.nn.logsumexp(best if config.normalise_experts else scores, axis=-1, keepdims=True))
-  # Of the n * k (token, expert) pairs.
-  pairs = chosen.reshape(-1)
-  order = jnp.argsort(pairs, stable=True)
-  sizes = jnp.bincount(pairs, length=config.num_experts).astype(jnp.int32)
-  weights_up = layer['expert_up'].reshape(config.num_experts, d, -1).astype(h.dtype)
-  up = jax.lax.ragged_dot(flat[order // k], weights_up, sizes)
-  if config.expert_bias:
-    up += layer['expert_up_bias'].reshape(config.num_experts, -1)[pairs[order]].astype(h.dtype)
-  down = jax.lax.ragged_dot(activate(up, config), layer['expert_down'].astype(h.dtype), sizes)
-  if config.expert_bias:
-    down += layer['expert_down_bias'][pairs[order]].astype(h.dtype)
-  down = down[jnp.argsort(order)].reshape(n, k, d)
-  return jnp.einsum('nkd,nk->nd', down, weights.astype(h.dtype)).reshape(h.shape)

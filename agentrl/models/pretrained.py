@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agentrl.models import safetensors_file
-from agentrl.models.config import ModelConfig
+from agentrl.models.config import RUN_SETTINGS, ModelConfig
 from agentrl.models.convert import Family, Piece, family_of
 from agentrl.models.params import Params, ParamSpec, init_param, linear_shape, param_specs
 from agentrl.models.safetensors_file import Stored
@@ -278,8 +278,7 @@ def _refuse_lossy(family: Family, config: ModelConfig, entries: Mapping[str, Any
 
 def _meaning(config: ModelConfig) -> dict[str, Any]:
   """Returns the fields that decide what a policy computes, each written in one way only."""
-  of_a_run = ('param_dtype', 'compute_dtype', 'unroll_layers', 'remat', 'logit_chunk', 'value_head',
-              'value_width', 'value_gradient', 'known_tokens', 'lora_rank', 'lora_alpha', 'lora_targets')
+  of_a_run = (*RUN_SETTINGS, 'value_head', 'value_width', 'value_gradient', 'known_tokens')
   values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in of_a_run}
   values['query_scale'] = config.query_scale or config.head_dim**-0.5
   values['windows'] = config.windows or (0,) * config.num_layers

@@ -6,14 +6,20 @@ The sampler's view, one position at a time over a cache, is `agentrl.sampling`. 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from agentrl.models import layers, lora
+from agentrl.models import attention, layers, lora, vocabulary
 from agentrl.models.config import ModelConfig
-from agentrl.models.params import Params
+from agentrl.models.params import Params, param_axes
+from agentrl.sharding import mesh as meshes
+
+
+_POLICIES = {'nothing': None, 'attention': jax.checkpoint_policies.save_only_these_names(attention.SAVED),
+             'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class PolicyOutputs(NamedTuple):
@@ -46,28 +52,47 @@ def hidden_states(params: Params, config: ModelConfig, tokens: jax.Array, positi
   x = embed(params, config, tokens)
   index = jnp.arange(tokens.shape[1])
   distances = (index[:, None] - index[None, :])[None]
-  mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (distances >= 0)
+  implementation = attention.choose(config, tokens.shape[1])
+  plain = implementation == 'xla'
+  mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (distances >= 0) if plain else None
   kinds = layers.sights(config, positions, distances, mask)
   several = jax.tree.map(lambda *x: jnp.stack(x), *kinds) if len(kinds) > 1 else None
+  axes = {name: a[1:] for name, a in param_axes(config)['layers'].items() if 'width' in a and 'experts' not in a}
+
+  def attend(q, k, v, see, kind, sinks):
+    if plain:
+      return layers.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), see.mask, scale=config.query_scale,
+                           sinks=sinks)
+    of_kind = [functools.partial(attention.IMPLEMENTATIONS[implementation], window=window, scale=config.query_scale)
+               for window in config.kinds]
+    if several is None:
+      return of_kind[0](q, k, v, segment_ids, sinks=sinks)
+    return jax.lax.switch(kind, [lambda *x, f=f: f(*x, sinks=sinks) for f in of_kind], q, k, v, segment_ids)
 
   def block(x, inputs):
     layer, kind = inputs
+    layer = layer | {name: meshes.gather(layer[name], axes[name], dtype=config.compute_dtype) for name in axes}
     see = kinds[0] if several is None else jax.tree.map(lambda x: x[kind], several)
     q, k, v = layers.project_qkv(layer, x, see.cos, see.sin, config)
-    attended = layers.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), see.mask,
-                             scale=config.query_scale, sinks=layer.get('sinks'))
+    attended = attend(q, k, v, see, kind, layer.get('sinks'))
+    if config.remat and implementation != 'splash':  # whose kernel names what it gives
+      attended = attention.named(attended)
     return layers.add_mlp(layer, layers.add_attention(layer, x, attended, config), config), None
 
   if config.remat:
-    block = jax.checkpoint(block)
+    block = jax.checkpoint(block, policy=_POLICIES[config.remat_policy])
   inputs = params['layers'], None if several is None else jnp.asarray(config.kind_of_layer)
   x, _ = jax.lax.scan(block, x, inputs, unroll=config.num_layers if config.unroll_layers else 1)
   return layers.norm(x, params['final_norm'], config)
 
 
-def embed(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
-  """Returns the embeddings of `tokens`, [...] int32, as [..., D] in the compute dtype."""
-  x = params['embedding'][tokens].astype(config.compute_dtype)
+def embed(params: Params, config: ModelConfig, tokens: jax.Array,
+          axes: Sequence[str | None] = layers.STREAM) -> jax.Array:
+  """Returns the embeddings of `tokens`, [...] int32, as [..., D] in the compute dtype, with these logical axes."""
+  if meshes.current() is None:
+    x = params['embedding'][tokens].astype(config.compute_dtype)
+  else:
+    x = vocabulary.embed(params['embedding'], tokens, axes, config.compute_dtype)
   return x * jnp.asarray(config.width**0.5, x.dtype) if config.scale_embeddings else x
 
 
@@ -104,10 +129,25 @@ def evaluate(params: Params, config: ModelConfig, tokens: jax.Array, positions: 
   """
   if config.adapted:
     params = lora.freeze(params)
-  hidden = hidden_states(params, config, tokens, positions, segment_ids)
+  hidden = meshes.constrain(hidden_states(params, config, tokens, positions, segment_ids), ('batch', None, None))
   # The state a token is drawn in is the hidden state before it; a sequence's first token has none.
   before = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
   has_before = positions > 0
+  log_probs, entropies = _likelihoods(params, config, before, tokens, temperature, with_entropy)
+  values = None
+  if config.value_head:
+    values = jnp.where(has_before, _value(params['value'], config, before), 0.0)
+  entropies = None if entropies is None else jnp.where(has_before, entropies, 0.0)
+  return PolicyOutputs(jnp.where(has_before, log_probs, 0.0), entropies, values)
+
+
+def _likelihoods(params, config, states, targets, temperature, with_entropy):
+  """Returns log-probs of the targets, and entropies or None."""
+  if meshes.current() is not None:
+    log_probs, entropies = vocabulary.likelihoods(
+        params.get('head', params['embedding']), states, targets, temperature=temperature, known=config.known_tokens,
+        chunk=config.logit_chunk, with_entropy=with_entropy)
+    return log_probs, entropies if with_entropy else None
 
   def score(states, targets):
     scores = logits(params, states, temperature, config.known_tokens)
@@ -117,12 +157,7 @@ def evaluate(params: Params, config: ModelConfig, tokens: jax.Array, positions: 
       return log_probs, None
     return log_probs, log_z - jnp.sum(jax.nn.softmax(scores, axis=-1) * scores, axis=-1)
 
-  log_probs, entropies = _in_chunks(score, before, tokens, config.logit_chunk)
-  values = None
-  if config.value_head:
-    values = jnp.where(has_before, _value(params['value'], config, before), 0.0)
-  entropies = None if entropies is None else jnp.where(has_before, entropies, 0.0)
-  return PolicyOutputs(jnp.where(has_before, log_probs, 0.0), entropies, values)
+  return _in_chunks(score, states, targets, config.logit_chunk)
 
 
 def _value(head: Params, config: ModelConfig, states: jax.Array) -> jax.Array:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
 import math
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 MESH_AXES = ('data', 'fsdp', 'tensor', 'expert')
 
 # Logical axis -> mesh axes it is split over. Anything not named here is replicated.
 LOGICAL_AXES: Mapping[str, str | tuple[str, ...]] = {
-    'batch': ('data', 'fsdp'),
-    'slots': ('data', 'fsdp'),
+    'batch': ('data', 'fsdp', 'expert'),
+    'slots': ('data', 'fsdp', 'expert'),
+    'length': 'tensor',  # of the residual stream, between the products whose heads or columns are split
     'vocab': 'tensor',
     'width': 'fsdp',
     'kv_heads': 'tensor',
     'ff': 'tensor',
     'experts': 'expert',
 }
+# Of the sampler: what the learner gathers once a pass, a step of decoding would gather for every token.
+SAMPLER_AXES = {**LOGICAL_AXES, 'width': ()}
 
 # Logical axes that a mesh must divide, and what settings call them. Others are replicated where they do not divide.
 MUST_DIVIDE = {'width': 'model.width', 'kv_heads': 'model.num_kv_heads', 'ff': 'model.ff_width',
@@ -54,20 +60,36 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 
-def spec_of(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-  """Returns how an array with these logical axes is split; a dimension the mesh does not divide is replicated."""
+def names_in(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """Returns the mesh axes that one entry of a `PartitionSpec` names."""
+  return (part,) if isinstance(part, str) else part or ()
+
+
+def spec_of(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh,
+            table: Mapping[str, str | tuple[str, ...]] = LOGICAL_AXES) -> PartitionSpec:
+  """Returns how an array with these logical axes is split.
+
+  A dimension that the mesh does not divide is split over the first of its mesh axes only, or not at all.
+
+  Args:
+    axes: A logical axis for each dimension; None for one that is never split.
+    shape: Of the array.
+    mesh: To split over.
+    table: From logical axes to mesh axes.
+  """
   parts = []
   for axis, size in zip(axes, shape, strict=True):
-    part = LOGICAL_AXES.get(axis) if axis else None
-    names = (part,) if isinstance(part, str) else part or ()
-    ways = math.prod(mesh.shape[n] for n in names)
-    parts.append(part if ways > 1 and size % ways == 0 else None)
+    part = table.get(axis, ()) if axis else ()
+    names = [n for n in names_in(part) if mesh.shape[n] > 1]
+    while names and size % math.prod(mesh.shape[n] for n in names):
+      names.pop()
+    parts.append(None if not names else names[0] if len(names) == 1 else tuple(names))
   return PartitionSpec(*parts)
 
 
-def shardings(axes: Any, values: Any, mesh: Mesh) -> Any:
+def shardings(axes: Any, values: Any, mesh: Mesh, table: Mapping[str, str | tuple[str, ...]] = LOGICAL_AXES) -> Any:
   """Returns a tree of shardings for a tree of arrays (or shapes) and its tree of logical axis tuples."""
-  return jax.tree.map(lambda v, a: NamedSharding(mesh, spec_of(a, v.shape, mesh)), values, axes,
+  return jax.tree.map(lambda v, a: NamedSharding(mesh, spec_of(a, v.shape, mesh, table)), values, axes,
                       is_leaf=lambda x: hasattr(x, 'shape'))
 
 
@@ -155,3 +177,89 @@ def check_divides(axes: Any, values: Any, mesh: Mesh):
                          f'{mesh.size} devices, {name} may have {fitting}')
 
   jax.tree.map(check, values, axes, is_leaf=lambda x: hasattr(x, 'shape'))
+
+
+# ---- inside jitted functions -------------------------------------------------------------------
+
+
+Table = Mapping[str, str | tuple[str, ...]]
+_table: contextvars.ContextVar[Table] = contextvars.ContextVar('table', default=LOGICAL_AXES)
+
+
+@contextlib.contextmanager
+def active(mesh: Mesh | None, table: Table = LOGICAL_AXES) -> Iterator[None]:
+  """While code is traced under it, the functions below mean this mesh. Nothing changes for None or one device."""
+  if mesh is None or mesh.size == 1:
+    yield
+    return
+  token = _table.set(table)
+  try:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      yield
+  finally:
+    _table.reset(token)
+
+
+def under(mesh: Mesh | None, function: Callable[..., Any], table: Table = LOGICAL_AXES) -> Callable[..., Any]:
+  """Returns the function, traced with the mesh `active`."""
+  @functools.wraps(function)
+  def traced(*args, **kwargs):
+    with active(mesh, table):
+      return function(*args, **kwargs)
+
+  return traced
+
+
+def current() -> AbstractMesh | None:
+  """Returns the mesh of `active`; None outside of it, and where code is written for one device of it."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if set(mesh.axis_names) != set(MESH_AXES) or any(t == AxisType.Manual for t in mesh.axis_types):
+    return None
+  return mesh
+
+
+def local_spec(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+  """Returns `spec_of` for the mesh and the table of `active`."""
+  return spec_of(axes, shape, current(), _table.get())
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+  """Returns x, split by its logical axes over the mesh of `active`.
+
+  What a compiler is not told it guesses, and it may then rather move activations than weights.
+  """
+  return x if current() is None else jax.lax.with_sharding_constraint(x, local_spec(axes, x.shape))
+
+
+def move(x: jax.Array, source: Sequence[str | None], target: Sequence[str | None]) -> jax.Array:
+  """Returns x split by the logical axes `target`, and has its gradient split by `source`.
+
+  Unlike `constrain`, which means the same split both ways: what is gathered on the way forward is then summed whole on
+  every device on the way back, rather than to where it came from.
+  """
+  return x if current() is None else _move(x, local_spec(source, x.shape), local_spec(target, x.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _move(x, source, target):
+  del source
+  return jax.lax.with_sharding_constraint(x, target)
+
+
+_move.defvjp(lambda x, source, target: (_move(x, source, target), None),
+             lambda source, target, _, grad: (jax.lax.with_sharding_constraint(grad, source),))
+
+
+def gather(x: jax.Array, axes: Sequence[str | None], over: str = 'width', dtype: Any = None) -> jax.Array:
+  """Returns x in `dtype`, split by its logical axes but not along `over`; x itself where no mesh is active.
+
+  It is cast before it is gathered, and its gradient is summed to where it lies.
+  """
+  if current() is None:
+    return x
+  return move(constrain(x.astype(dtype or x.dtype), axes), axes, [None if a == over else a for a in axes])
+
+
+def ways(mesh: Mesh | AbstractMesh, axis: str) -> int:
+  """Returns the number of parts that a long enough dimension with this logical axis is split into."""
+  return math.prod(mesh.shape[n] for n in names_in(LOGICAL_AXES[axis]))

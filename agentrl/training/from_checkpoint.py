@@ -10,14 +10,11 @@ import jax
 from ml_collections import ConfigDict
 
 from agentrl.models import pretrained
-from agentrl.models.config import ModelConfig
+from agentrl.models.config import RUN_SETTINGS, ModelConfig
 from agentrl.tokens import formats
 from agentrl.tokens.hf_chat import CHAT_FAMILIES, ChatFamily, HFChatTemplate
 from agentrl.tokens.hf_tokenizer import CALL_MARKERS, HFTokenizer
 
-# What a run decides about a policy whose shape the checkpoint gives.
-_SETTINGS = ('param_dtype', 'compute_dtype', 'unroll_layers', 'remat', 'logit_chunk', 'lora_rank', 'lora_alpha',
-             'lora_targets')
 OF_FAMILY = 'family'
 
 
@@ -55,7 +52,7 @@ def load_params(config: ConfigDict, tokenizer: HFTokenizer, value_head: bool, me
 
 
 def _overrides(config, tokenizer, value_head):
-  settings = {name: config.model[name] for name in _SETTINGS}
+  settings = {name: config.model[name] for name in RUN_SETTINGS}
   return dict(settings, lora_targets=tuple(settings['lora_targets']), known_tokens=tokenizer.vocab_size,
               value_head=value_head)
 

@@ -46,9 +46,11 @@ def make_update(config: ModelConfig, optimizer: optax.GradientTransformation, ob
     'log_prob_gap_max' (nats, between these log-probs and the recorded ones).
   """
 
+  evaluate = meshes.under(mesh, transformer.evaluate)
+
   def loss(params, micro: LossBatch):
-    got = transformer.evaluate(params, config, micro.tokens, micro.positions, micro.segment_ids,
-                               temperature=temperature, with_entropy=objective.needs_entropies)
+    got = evaluate(params, config, micro.tokens, micro.positions, micro.segment_ids, temperature=temperature,
+                   with_entropy=objective.needs_entropies)
     value, metrics = objective.loss(objectives.PolicyOutputs(*got), micro)
     return value, _with_agreement(metrics, got.log_probs, micro)
 
@@ -125,6 +127,8 @@ def make_score(config: ModelConfig, *, micro_batches: int, temperature: float = 
     mesh: As for `make_update`.
   """
 
+  evaluate = meshes.under(mesh, transformer.evaluate)
+
   @jax.jit
   def score(params: Params, batch: TrainBatch, used: jax.Array):
     fields = (batch.tokens, batch.positions, batch.segment_ids, batch.loss_mask)
@@ -134,7 +138,7 @@ def make_score(config: ModelConfig, *, micro_batches: int, temperature: float = 
 
     def one(i, out):
       tokens, positions, segment_ids, mask = _part(parts, i)
-      got = transformer.evaluate(params, config, tokens, positions, segment_ids, temperature=temperature)
+      got = evaluate(params, config, tokens, positions, segment_ids, temperature=temperature)
       values = jnp.zeros_like(got.log_probs) if got.values is None else got.values
       new = jnp.where(mask, got.log_probs, 0.0), values
       return jax.tree.map(lambda o, n: jax.lax.dynamic_update_index_in_dim(o, n, i, 0), out, new)

@@ -62,6 +62,7 @@ def make_gradient(outputs: Outputs, *, micro_batches: int, mesh: jax.sharding.Me
     A function of the parameters, the planes of `planes_of`, N, the number of micro-batches that hold anything (at
     least 1, traced), and `loss`, which takes the sums [N] and returns a scalar and anything else.
   """
+  outputs = meshes.under(mesh, outputs)
 
   def gradient(params, planes, count, used, loss):
     parts = _cut(planes, micro_batches, mesh)
@@ -104,6 +105,7 @@ def apply_gradient(trained: Trained, optimizer: optax.GradientTransformation, va
 
 def make_outputs(outputs: Outputs, *, micro_batches: int, mesh: jax.sharding.Mesh | None = None) -> Callable[..., Any]:
   """Returns `(params, planes, used) -> [B, T] float32`, 0 outside the loss mask, to be used inside a jit."""
+  outputs = meshes.under(mesh, outputs)
 
   def evaluate(params, planes, used):
     parts = _cut(planes, micro_batches, mesh)

@@ -45,8 +45,8 @@ def test_specs_follow_the_table_and_replicate_what_does_not_divide():
   mesh = mesh_of(2, 2, 2)
   spec = lambda axes, shape: meshes.spec_of(axes, shape, mesh)
   assert spec(('batch', None), (8, 3)) == PartitionSpec(('data', 'fsdp'), None)
-  # 6 rows do not divide by data x fsdp = 4, 5 columns not by tensor = 2.
-  assert spec(('batch', 'ff'), (6, 4)) == PartitionSpec(None, 'tensor')
+  # 6 rows do not divide by data x fsdp = 4, but by data = 2; 5 columns not by tensor = 2.
+  assert spec(('batch', 'ff'), (6, 4)) == PartitionSpec('data', 'tensor')
   assert spec(('width', 'vocab'), (4, 5)) == PartitionSpec('fsdp', None)
   # An axis of one device splits nothing; nor does a name that the table lacks.
   assert spec(('experts', 'layers'), (4, 4)) == PartitionSpec(None, None)
