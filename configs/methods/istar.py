@@ -17,7 +17,7 @@ METHOD = dict(
     title='iStar (OPRL)',
     source='OPRL, code Tongyi-ConvAI/Qwen-Character',
     exact='online trajectory DPO against the sampling policy; step rewards; z over trajectories plus z over steps',
-    ours='learn before scoring; equal learning rates; no penalty for invalid actions',
+    ours='learn before scoring; learning rate of the reward model; no penalty for invalid actions',
     test='tests/training/side_models_test.py',
     claim=dict(metric='success', better='higher', than='grpo'))
 
@@ -25,7 +25,7 @@ METHOD = dict(
 def get_config() -> ConfigDict:
   """Returns the config."""
   c = toy.get_config()
-  c.rl.side.prm = ConfigDict({'name': 'implicit_prm', 'beta': 0.05})
+  c.rl.side.prm = ConfigDict({'name': 'implicit_prm', 'beta': 0.05, 'learning_rate': 1e-4})
   c.rl.algorithm = 'compose'
   c.rl.options.channels = ConfigDict({'policy': {'advantage': {'name': 'sum', 'terms': {
       'episode': {'name': 'z'},

@@ -18,7 +18,7 @@ METHOD = dict(
     title='Tool-Light',
     source='Tool-Light, code asilverlight/Tool-Light',
     exact='criteria of both rounds, hard to easy 2:1, entropy of the first tokens of a turn, beta',
-    ours='group sizes; what counts as hard; second round at half of the steps',
+    ours='group sizes; learning rate; what counts as hard; second round at half of the steps',
     test='tests/synthesis/pairs_test.py',
     claim=dict(metric='calls_per_task', better='lower', than='dpo'))
 
@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
   c.agent.name = 'branch_back'
   c.agent.options = ConfigDict({'samples': 1, 'steps': 2, 'branches': 2, 'choose': 'entropy'})
   c.preference.miners.pairs = ConfigDict({'name': 'tool_light'})
+  c.preference.learning_rate = 1e-4
   c.preference.steps = 30
   c.preference.prompts = 16
   c.preference.group_size = 8
