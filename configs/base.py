@@ -82,6 +82,7 @@ def get_config() -> ConfigDict:
   # Axes as of `mesh`, over the devices of one process, which samples on them alone; empty for the learner's mesh, or
   # for as much of its tensor and expert axes as one of several processes can have.
   c.rollout.mesh = ConfigDict()
+  c.rollout.devices = 0  # of the run, the last ones: for sampling alone, the learner has the others; 0 shares all
   c.rollout.slots = 64  # of a process
   c.rollout.chunk = 8  # tokens a slot draws between two looks of the host
   c.rollout.turn_tokens = 64

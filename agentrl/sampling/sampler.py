@@ -91,7 +91,8 @@ class Sampler:
       capacities: Sizes the cache may have; attention reads no more than the one in use.
       row_buckets: Numbers of rows an extension may have.
       token_buckets: Numbers of tokens of a row that one extension may write; longer ones take several.
-      mesh: Of this process's devices, where parameters and cache are to live; None for where the parameters lie.
+      mesh: Of this process's devices, where parameters and cache are to live; None for where the parameters lie. It
+        has all the devices that they lie on, or, in a run of one process, none of them.
       speculation: Guess tokens from the slot's own text, so that a pass may draw several; None for one a pass.
     """
     self.config = config
@@ -154,6 +155,11 @@ class Sampler:
     view = functools.partial(functions.sampler_view, config=self.config)
     everywhere = meshes.every_process(self._mesh)
     where = meshes.shardings(functions.view_axes(self.config), jax.eval_shape(view, params), everywhere)
+    held = {d for x in jax.tree.leaves(params) if isinstance(x, jax.Array) for d in x.devices()}
+    if held.isdisjoint(everywhere.devices.flat):
+      # One program cannot span them: made where the parameters lie, then sent.
+      made = jax.jit(view)
+      return lambda params: jax.device_put(made(params), where)
     return jax.jit(view, out_shardings=where)
 
   def reset(self):

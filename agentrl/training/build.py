@@ -98,6 +98,8 @@ class Parts:
   def sampler_mesh(self) -> jax.sharding.Mesh | None:
     """Devices of this process as the sampler uses them; None for the learner's mesh as it is."""
     shape = dict(self.config.rollout.mesh)
+    if self.config.rollout.devices:
+      return meshes.make_mesh(shape or {'data': -1}, jax.devices()[-self.config.rollout.devices:])
     return meshes.make_local_mesh(shape, self.mesh) if shape or exchange.count() > 1 else None
 
   def store(self, folder: str, pieces: bool = True) -> TrajectoryStore:
@@ -143,7 +145,7 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Parts:
   """
   _check(config)
   workdir = pathlib.Path(workdir)
-  mesh = meshes.make_mesh(dict(config.mesh))
+  mesh = meshes.make_mesh(dict(config.mesh), _learner_devices(config.rollout.devices))
   named_tools = [registry.call(f'tools.options.{name}', tools.TOOLS.get(name), dict(config.tools.options.get(name, {})))
                  for name in config.tools.names]
   published = config.model.checkpoint
@@ -223,6 +225,16 @@ def _check(config: ConfigDict):
     raise ValueError(f'rl.minibatches={config.rl.minibatches} does not divide rl.prompts={config.rl.prompts}')
   if config.sft.batch_rows % t.micro_rows and t.micro_rows < config.sft.batch_rows:
     raise ValueError(f'train.micro_rows={t.micro_rows} does not divide sft.batch_rows={config.sft.batch_rows}')
+
+
+def _learner_devices(sampling: int) -> list[jax.Device] | None:
+  """Returns the devices that `sampling` of them, the last, leave; None for all."""
+  if not sampling:
+    return None
+  if exchange.count() > 1 or not 0 < sampling < jax.device_count():
+    raise ValueError(f'rollout.devices={sampling} must leave at least 1 of the {jax.device_count()} devices of '
+                     f'{exchange.count()} process(es) for the learner, in a run of one process; set it to 0 to share')
+  return jax.devices()[:-sampling]
 
 
 def _check_mesh(model: ModelConfig, mesh: jax.sharding.Mesh):

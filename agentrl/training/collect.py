@@ -256,6 +256,9 @@ class Collector:
       raise ValueError(f'agent {name!r} learns from a batch what it shows in the next and cannot go with '
                        f'rl.staleness={c.staleness} or rl.overlap, where the next has begun; set them to 0 and False, '
                        "or take agent 'react'")
+    if c.greedy_baseline:
+      raise ValueError('rl.greedy_baseline rolls out beside what is under way and cannot go with rl.staleness='
+                       f'{c.staleness} or rl.overlap; set them to 0 and False, or take another baseline')
     if exchange.count() > 1:
       raise ValueError(f'rl.staleness={c.staleness} and rl.overlap={c.overlap} cannot go with {exchange.count()} '
                        'processes: what is under way is saved by one; set them to 0 and False, or run one process')

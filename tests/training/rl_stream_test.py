@@ -91,9 +91,13 @@ def test_without_staleness_it_is_the_run_in_turns_bit_for_bit(run):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(plain.state), jax.device_get(streamed.state))
 
 
-@pytest.mark.parametrize('overlap', ['false', 'true'])
-def test_stale_tokens_are_known_as_such_and_weighed(run, overlap):
-  made = run({**CORRECTED, 'rl.staleness': '2', 'rl.overlap': overlap})
+@pytest.mark.parametrize('settings', [
+    {}, {'rl.overlap': 'true'},
+    # On devices of their own.
+    {'rl.overlap': 'true', 'rollout.devices': '4'},
+], ids=['in turns', 'overlapped', 'split'])
+def test_stale_tokens_are_known_as_such_and_weighed(run, settings):
+  made = run({**CORRECTED, 'rl.staleness': '2', **settings})
   metrics = [made.step() for _ in range(4)]
   assert metrics[0]['staleness/max'] == 0 and 0 < max(m['staleness/max'] for m in metrics) <= 2
   assert [m['carried_groups'] for m in metrics] == [8, 8, 4, 0] and made.host.carried == {}
@@ -114,6 +118,9 @@ def test_stale_tokens_are_known_as_such_and_weighed(run, overlap):
     groups = {t.group_id for t in trajectories}
     assert len(groups) == 4 and len(trajectories) == 16
   assert stale > 0
+  learner, sampler = ({d.id for x in jax.tree.leaves(tree) for d in x.devices()} for tree in (
+      made.state.params, made.stage._collector.engine.sampler.cache))
+  assert learner == sampler or ('rollout.devices' in settings and not learner & sampler and len(sampler) == 4)
 
 
 def test_a_stage_made_again_goes_on_as_if_it_had_not_ended(run):
@@ -136,6 +143,8 @@ def test_a_stage_made_again_goes_on_as_if_it_had_not_ended(run):
 
 
 @pytest.mark.parametrize('overrides, message', [
+    ({'rl.greedy_baseline': 'true'}, 'rl.greedy_baseline rolls out beside'),
+    ({'rollout.devices': '8'}, r'rollout.devices=8 must leave at least 1 of the 8 devices'),
     ({'rl.enough': '0.5'}, r'rl.enough=0.5 cuts the slowest and cannot go with rl.staleness=1'),
     ({'agent.name': 'experience_prompt', 'rl.recompute_behaviour': 'true'},
      "agent 'experience_prompt' learns from a batch .* cannot go with rl.staleness=1"),
