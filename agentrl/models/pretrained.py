@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agentrl.models import safetensors_file
+from agentrl.models.assembly import Assembly
 from agentrl.models.config import RUN_SETTINGS, ModelConfig
 from agentrl.models.convert import Family, Piece, family_of
 from agentrl.models.params import Params, ParamSpec, init_param, linear_shape, param_specs
@@ -89,7 +90,7 @@ def from_pretrained(folder: str | os.PathLike, *, mesh: Mesh | None = None, key:
   for number, (path, spec) in enumerate(leaves.items()):
     where = _sharding(spec, mesh)
     if path in by_leaf:
-      leaf = _Assembly(spec, jnp.dtype(config.param_dtype), where)
+      leaf = Assembly(spec.shape, jnp.dtype(config.param_dtype), where)
       for piece in by_leaf[path]:
         leaf.write(piece, sources[piece.name]())
       value = leaf.array()
@@ -188,12 +189,11 @@ def load_adapters(folder: str | os.PathLike, params: Params, config: ModelConfig
   pieces = _adapter_pieces(config)
   sources = _sources(folder, pieces, safetensors_file.read_header(folder / ADAPTER_WEIGHTS), None)
   layers = dict(params['layers'])
-  specs = param_specs(config)['layers']['lora']
   layers['lora'] = {name: dict(pair) for name, pair in layers['lora'].items()}
   for name in config.adapted:
     for half in ('a', 'b'):
       old = layers['lora'][name][half]
-      leaf = _Assembly(specs[name][half], old.dtype, old.sharding)
+      leaf = Assembly(old.shape, old.dtype, old.sharding)
       for piece in pieces:
         if piece.path[-2:] == (name, half):
           leaf.write(piece, sources[piece.name]())
@@ -387,50 +387,6 @@ def _sharding(spec: ParamSpec, mesh: Mesh | None) -> jax.sharding.Sharding:
   if mesh is None:
     return SingleDeviceSharding(jax.devices()[0])
   return NamedSharding(mesh, meshes.spec_of(spec.axes, spec.shape, mesh))
-
-
-def _update(array, part, start):
-  return jax.lax.dynamic_update_slice(array, part.astype(array.dtype), start)
-
-
-_update_in_place = jax.jit(_update, donate_argnums=0)
-
-
-class _Assembly:
-  """A parameter in the making: the parts of it that this process's devices hold, each written in place.
-
-  Written part by part on each device, no piece is sent where it does not belong and nothing is gathered.
-  """
-
-  def __init__(self, spec: ParamSpec, dtype: Any, where: jax.sharding.Sharding):
-    self._shape, self._where = spec.shape, where
-    self._bounds, self._parts = {}, {}
-    for device, index in where.addressable_devices_indices_map(spec.shape).items():
-      bounds = [s.indices(size)[:2] for s, size in zip(index, spec.shape)]
-      self._bounds[device] = bounds
-      self._parts[device] = jnp.zeros([end - start for start, end in bounds], dtype, device=device)
-
-  def write(self, piece: Piece, tensor: np.ndarray):
-    """Writes a piece; returns when it no longer needs the tensor."""
-    values = piece.ours(tensor)
-    region = [(i, i + 1) if isinstance(i, int) else i.indices(size)[:2] for i, size in zip(piece.index, self._shape)]
-    region += [(0, size) for size in self._shape[len(region):]]
-    values = values.reshape([end - start for start, end in region])
-    for device, bounds in self._bounds.items():
-      low = [max(a, c) for (a, _), (c, _) in zip(region, bounds)]
-      high = [min(b, d) for (_, b), (_, d) in zip(region, bounds)]
-      if any(a >= b for a, b in zip(low, high)):
-        continue
-      part = values[tuple(slice(a - r, b - r) for a, b, (r, _) in zip(low, high, region))]
-      start = np.asarray([a - c for a, (c, _) in zip(low, bounds)], np.int32)
-      self._parts[device] = _update_in_place(
-          self._parts[device], jax.device_put(np.ascontiguousarray(part), device), start)
-      # One device after the other, or the parts of all of them would be in host memory at a time.
-      jax.block_until_ready(self._parts[device])
-
-  def array(self) -> jax.Array:
-    """Returns the parameter."""
-    return jax.make_array_from_single_device_arrays(self._shape, self._where, list(self._parts.values()))
 
 
 # ---- tensors out -------------------------------------------------------------------------------
