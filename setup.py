@@ -29,10 +29,11 @@ _CORE = [
 _EXTRAS = {
     # torch, transformers and peft are what checkpoints are compared with; nothing but tests imports them. launch/install.sh
     # takes torch's build without CUDA.
-    'test': ['hypothesis>=6.100', 'jinja2>=3.1.6', 'peft>=0.15', 'pytest>=8.0', 'pytest-xdist>=3.6', 'safetensors>=0.5',
-             'tokenizers>=0.21', 'torch==2.13.0', 'transformers>=5.0'],
+    'test': ['hypothesis>=6.100', 'jinja2>=3.1.6', 'llguidance>=1.9', 'peft>=0.15', 'pytest>=8.0', 'pytest-xdist>=3.6',
+             'safetensors>=0.5', 'tokenizers>=0.21', 'torch==2.13.0', 'transformers>=5.0'],
     'viz': ['matplotlib>=3.9', 'tensorboardX>=2.6'],
     'hf': ['jinja2>=3.1.6', 'safetensors>=0.5', 'tokenizers>=0.21'],
+    'constrain': ['llguidance>=1.9'],
     'mcp': ['mcp>=1.10'],
     'ray': ['ray>=2.40'],
     'tpu': ['jax[tpu]>=0.10.2'],

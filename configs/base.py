@@ -91,10 +91,14 @@ def get_config() -> ConfigDict:
   c.rollout.capacities = ()  # sizes of the cache, in tokens a slot; () for a geometric series up to context_tokens
   c.rollout.token_buckets = ()  # tokens of a row that one extension writes; () for 16 and 64
   c.rollout.temperature = 1.0
+  c.rollout.constrain = False  # draw within calls only what can become one for one of the tools; needs the extra 'constrain'
+  c.rollout.speculate = 0  # tokens guessed from a trajectory's own text and checked in one pass; 0 draws one a pass
+  c.rollout.speculate_ngram = 3  # tokens that must have occurred before for what followed them to be a guess
 
   c.train = ConfigDict()
   c.train.row_length = 256  # tokens of a packed row; no shorter than rollout.context_tokens
   c.train.micro_rows = 32  # rows in one forward and backward pass
+  c.train.mask_rows = 1_024  # distinct sets of tokens that a batch's were drawn from, with rollout.constrain; more are compiled anew
 
   c.sft = ConfigDict()
   c.sft.demonstrator = 'reasoning_gym'  # who scripts the cold start, see agentrl/synthesis

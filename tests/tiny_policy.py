@@ -13,11 +13,13 @@ from agentrl.core.types import Message, Task, Trajectory
 from agentrl.models import transformer
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import ParamSpec, param_specs
+from agentrl.models.transformer import DrawnFrom
 from agentrl.rollout.budget import Limits
 from agentrl.rollout.engine import Engine
+from agentrl.sampling.constrain import Grammar
 from agentrl.sampling.sampler import Sampler
 from agentrl.tokens.tokenizer import train_tokenizer
-from agentrl.training.packing import Outcome, pack, plan_rows, sequences_of
+from agentrl.training.packing import MaskRows, Outcome, pack, plan_rows, sequences_of
 
 CONTEXT = 96
 ROWS = 4
@@ -34,8 +36,8 @@ class TinyPolicy:
 
   context = CONTEXT
 
-  def __init__(self):
-    self.tokenizer = train_tokenizer(TEXTS * 5, markers=MARKERS, vocab_size=340, digit_group=1)
+  def __init__(self, markers: Sequence[str] = MARKERS, texts: Sequence[str] = TEXTS):
+    self.tokenizer = train_tokenizer(list(texts) * 5, markers=markers, vocab_size=340, digit_group=1)
     self.config = ModelConfig(
         vocab_size=self.tokenizer.vocab_size, num_layers=2, width=32, ff_width=48, num_heads=4,
         num_kv_heads=2, head_dim=8)
@@ -62,11 +64,11 @@ class TinyPolicy:
 
   @contextlib.contextmanager
   def engine(self, slots: int = 4, *, seed: int = 0, sampler: Sampler | None = None,
-             **limits) -> Iterator[Engine]:
+             grammar: Grammar | None = None, **limits) -> Iterator[Engine]:
     """Yields an engine, closed at the end."""
     limits = Limits(**{**dict(turn_tokens=12, trajectory_tokens=CONTEXT, context_tokens=CONTEXT,
                               turns=20), **limits})
-    engine = Engine(sampler or self.sampler(slots), self.tokenizer, limits=limits, seed=seed)
+    engine = Engine(sampler or self.sampler(slots), self.tokenizer, limits=limits, seed=seed, grammar=grammar)
     try:
       yield engine
     finally:
@@ -78,7 +80,11 @@ class TinyPolicy:
 
   def learner_scores(self,
                      trajectories: Sequence[Trajectory]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns (log-probs, entropies) [T] of each trajectory's only segment, evaluated packed."""
+    """Returns (log-probs, entropies) [T] of each trajectory's only segment, evaluated packed.
+
+    They are of the distributions that the tokens were drawn from.
+    """
+    constrained = any(any(s.masks) for t in trajectories for s in t.segments)
     sequences = sequences_of(trajectories)
     n = len(trajectories)
     outcome = Outcome(np.zeros(n, np.int32), np.zeros(n, np.float32), np.ones(n, np.float32),
@@ -87,9 +93,11 @@ class TinyPolicy:
     found = {}
     for at in range(0, len(plan), ROWS):
       part = plan[at:at + ROWS]
-      batch, _ = pack(sequences, outcome, rows=ROWS, row_length=CONTEXT, plan=part)
+      masks = MaskRows(self.config.vocab_size, 256) if constrained else None
+      batch, _ = pack(sequences, outcome, rows=ROWS, row_length=CONTEXT, plan=part, masks=masks)
       got = self._evaluate(self.params, tokens=batch.tokens, positions=batch.positions,
-                           segment_ids=batch.segment_ids)
+                           segment_ids=batch.segment_ids,
+                           drawn_from=DrawnFrom(batch.masks, batch.mask_ids) if constrained else None)
       for i in np.unique(batch.trajectory_ids[batch.trajectory_ids >= 0]):
         # A sequence lies in one row, in order.
         own = batch.trajectory_ids == i

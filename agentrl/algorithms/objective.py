@@ -78,6 +78,7 @@ class LossBatch(NamedTuple):
     steps: [B] int32. Updates made before this one, the same in all rows.
     parts: Name to [B, T] float32: what a clip, a ratio or a regulariser reads; a part of a
       trajectory stands on all of its tokens. '<channel>/<map>' is 1 where the map reached a bound.
+    mask_ids: [B, T] int32, as in TrainBatch, for the forward pass; None without masks.
   """
 
   tokens: Any
@@ -95,6 +96,7 @@ class LossBatch(NamedTuple):
   row_share: Any
   steps: Any
   parts: Any
+  mask_ids: Any = None
 
 
 class Metrics(NamedTuple):

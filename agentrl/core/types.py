@@ -164,7 +164,8 @@ _NARROW = {'b': np.bool_, 'i': np.int32, 'f': np.float32}
 class Segment:
   """An append-only run of tokens that the policy saw as one context.
 
-  `tokens`, `sampled`, `log_probs`, `entropies`, `turns` and `versions` are read-only [T] arrays of one length.
+  `tokens`, `sampled`, `log_probs`, `entropies`, `turns` and `versions` are read-only [T] arrays of one length, `masks`
+  a tuple of it.
   """
 
   def __init__(self):
@@ -174,6 +175,7 @@ class Segment:
     self._entropies: list[float] = []
     self._turns: list[int] = []
     self._versions: list[int] = []
+    self._masks: list[bytes | None] = []
 
   def __len__(self) -> int:
     return len(self._tokens)
@@ -189,7 +191,7 @@ class Segment:
     self._extend(tokens, [False] * n, [float('nan')] * n, [float('nan')] * n, turn)
 
   def append_sampled(self, tokens: Sequence[int], log_probs: Sequence[float], entropies: Sequence[float],
-                     turn: int, version: int | Sequence[int] = 0):
+                     turn: int, version: int | Sequence[int] = 0, masks: Sequence[bytes | None] = ()):
     """Appends tokens that the policy drew.
 
     Args:
@@ -198,18 +200,20 @@ class Segment:
       entropies: [n] entropies of that distribution, nats.
       turn: Index of the turn they belong to.
       version: Of the policy that drew them, or [n] one each: see `versions`.
+      masks: [n] what each was drawn from, see `masks`; () if all from the whole vocabulary.
     Raises:
       ValueError: if lengths differ, or a log-probability or entropy is not finite.
     """
-    if not len(tokens) == len(log_probs) == len(entropies):
-      raise ValueError(f'{len(tokens)} tokens came with {len(log_probs)} log-probs and '
-                       f'{len(entropies)} entropies')
+    if not len(tokens) == len(log_probs) == len(entropies) or len(masks) not in (0, len(tokens)):
+      raise ValueError(f'{len(tokens)} tokens came with {len(log_probs)} log-probs, '
+                       f'{len(entropies)} entropies and {len(masks)} masks')
     if not (np.all(np.isfinite(log_probs)) and np.all(np.isfinite(entropies))):
       raise ValueError(f'sampled tokens {list(tokens)} have log-probs {list(log_probs)} and entropies '
                        f'{list(entropies)}; all must be finite')
-    self._extend(tokens, [True] * len(tokens), log_probs, entropies, turn, version)
+    self._extend(tokens, [True] * len(tokens), log_probs, entropies, turn, version, masks)
 
-  def append_revised(self, tokens: Sequence[int], turn: int, version: int | Sequence[int] = -1):
+  def append_revised(self, tokens: Sequence[int], turn: int, version: int | Sequence[int] = -1,
+                     masks: Sequence[bytes | None] = ()):
     """Appends tokens in the policy's words that were drawn in another context: trained on, at unknown probability.
 
     Their log-probs and entropies are NaN, so that nothing can be learned from them before the learner has computed
@@ -219,9 +223,10 @@ class Segment:
       tokens: [n] ids.
       turn: Index of the turn they belong to.
       version: As for `append_sampled`, where it is known.
+      masks: As for `append_sampled`.
     """
     n = len(tokens)
-    self._extend(tokens, [True] * n, [float('nan')] * n, [float('nan')] * n, turn, version)
+    self._extend(tokens, [True] * n, [float('nan')] * n, [float('nan')] * n, turn, version, masks)
 
   def strip(self, start: int, end: int):
     """Takes tokens start to end out: what was drawn after them was drawn in another context than it now stands in.
@@ -246,29 +251,32 @@ class Segment:
   def copy(self) -> Segment:
     """Returns an independent copy."""
     other = Segment()
-    other._extend(self._tokens, self._sampled, self._log_probs, self._entropies, 0, self._versions)
+    other._extend(self._tokens, self._sampled, self._log_probs, self._entropies, 0, self._versions, self._masks)
     other._turns = list(self._turns)
     return other
 
   @property
   def _columns(self) -> tuple[list, ...]:
-    return self._tokens, self._sampled, self._log_probs, self._entropies, self._turns, self._versions
+    return (self._tokens, self._sampled, self._log_probs, self._entropies, self._turns, self._versions,
+            self._masks)
 
   def __getstate__(self) -> dict[str, np.ndarray]:
-    """Returns the columns as narrow arrays, which pickle small."""
-    columns = {name: np.asarray(column) for name, column in vars(self).items()}
-    return {name: column.astype(_NARROW[column.dtype.kind]) for name, column in columns.items()}
+    """Returns the columns as narrow arrays, which pickle small; masks stay as they are, since most are one object."""
+    columns = {name: np.asarray(column) for name, column in vars(self).items() if name != '_masks'}
+    narrow = {name: column.astype(_NARROW[column.dtype.kind]) for name, column in columns.items()}
+    return {**narrow, '_masks': self._masks}
 
   def __setstate__(self, state: Mapping[str, np.ndarray]):
-    vars(self).update({name: column.tolist() for name, column in state.items()})
+    vars(self).update({name: list(column) if name == '_masks' else column.tolist() for name, column in state.items()})
 
-  def _extend(self, tokens, sampled, log_probs, entropies, turn, version=-1):
+  def _extend(self, tokens, sampled, log_probs, entropies, turn, version=-1, masks=()):
     self._tokens.extend(int(t) for t in tokens)
     self._sampled.extend(sampled)
     self._log_probs.extend(float(x) for x in log_probs)
     self._entropies.extend(float(x) for x in entropies)
     self._turns.extend([turn] * len(tokens))
     self._versions.extend(np.broadcast_to(version, len(tokens)).tolist())
+    self._masks.extend(masks or [None] * len(tokens))
 
   def tail(self, start: int) -> np.ndarray:
     """Returns the tokens from index `start` on, int32; cheaper than slicing `tokens`."""
@@ -303,6 +311,14 @@ class Segment:
   def versions(self) -> np.ndarray:
     """[T] int32. Steps of the stage done when the token was drawn; -1 where it was not drawn here."""
     return np.asarray(self._versions, np.int32)
+
+  @property
+  def masks(self) -> tuple[bytes | None, ...]:
+    """[T] sets of tokens that the token was drawn from, a bit each, the lowest of the first byte for token 0.
+
+    None is the whole vocabulary. Equal ones are usually one object.
+    """
+    return tuple(self._masks)
 
 
 @dataclasses.dataclass
@@ -402,6 +418,9 @@ class TrainBatch(NamedTuple):
     token_parts: Name to [B, T]: further numbers of tokens. A reward part of turns stands on the
       last sampled token of its turn and is 0 elsewhere; see `training.packing.TOKEN_PARTS` for those
       that every trajectory has.
+    masks: [R, V / 32] uint32. Sets of tokens, bit v % 32 of word v // 32 for token v, the first one the
+      whole vocabulary; None where no token was drawn from less.
+    mask_ids: [B, T] int32, into `masks`: what the token was drawn from; None without masks.
   """
 
   tokens: Any
@@ -422,3 +441,5 @@ class TrainBatch(NamedTuple):
   step: Any = 0
   parts: Any = {}
   token_parts: Any = {}
+  masks: Any = None
+  mask_ids: Any = None

@@ -36,6 +36,30 @@ class PolicyOutputs(NamedTuple):
   values: jax.Array | None
 
 
+class DrawnFrom(NamedTuple):
+  """Sets of tokens, and which of them each token was drawn from.
+
+  Attributes:
+    masks: [R, V / 32] uint32, bit v % 32 of word v // 32 for token v.
+    ids: [B, T] int32, into `masks`.
+  """
+
+  masks: jax.Array
+  ids: jax.Array
+
+
+def unpack(masks: jax.Array, vocab_size: int) -> jax.Array:
+  """Returns [..., V] bool from sets of tokens [..., V / 32] uint32.
+
+  Example:
+    >>> unpack(jnp.array([5], jnp.uint32), 4).tolist()
+    [True, False, True, False]
+  """
+  bits = jnp.arange(32, dtype=jnp.uint32).reshape((1,) * masks.ndim + (32,))
+  spread = (masks[..., None] >> bits) & jnp.uint32(1)
+  return spread.reshape(*masks.shape[:-1], -1)[..., :vocab_size].astype(bool)
+
+
 def hidden_states(params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array,
                   segment_ids: jax.Array) -> jax.Array:
   """Returns the normalised last hidden states of packed rows.
@@ -113,7 +137,7 @@ def logits(params: Params, hidden: jax.Array, temperature: float | jax.Array = 1
 
 
 def evaluate(params: Params, config: ModelConfig, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
-             *, temperature: float = 1.0, with_entropy: bool = False) -> PolicyOutputs:
+             *, temperature: float = 1.0, with_entropy: bool = False, drawn_from: DrawnFrom | None = None) -> PolicyOutputs:
   """Returns log-probs, entropies and values of every token of packed rows.
 
   The policy is the softmax at `temperature`; log-probs are of that distribution, as those recorded at sampling are.
@@ -126,6 +150,7 @@ def evaluate(params: Params, config: ModelConfig, tokens: jax.Array, positions: 
     segment_ids: [B, T] int32.
     temperature: Of the policy.
     with_entropy: Whether to compute entropies, which costs one more pass over the logits.
+    drawn_from: Sets that the tokens were drawn from, whose distributions are then meant; None for the vocabulary.
   """
   if config.adapted:
     params = lora.freeze(params)
@@ -133,7 +158,7 @@ def evaluate(params: Params, config: ModelConfig, tokens: jax.Array, positions: 
   # The state a token is drawn in is the hidden state before it; a sequence's first token has none.
   before = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
   has_before = positions > 0
-  log_probs, entropies = _likelihoods(params, config, before, tokens, temperature, with_entropy)
+  log_probs, entropies = _likelihoods(params, config, before, tokens, temperature, with_entropy, drawn_from)
   values = None
   if config.value_head:
     values = jnp.where(has_before, _value(params['value'], config, before), 0.0)
@@ -141,23 +166,25 @@ def evaluate(params: Params, config: ModelConfig, tokens: jax.Array, positions: 
   return PolicyOutputs(jnp.where(has_before, log_probs, 0.0), entropies, values)
 
 
-def _likelihoods(params, config, states, targets, temperature, with_entropy):
+def _likelihoods(params, config, states, targets, temperature, with_entropy, drawn_from):
   """Returns log-probs of the targets, and entropies or None."""
-  if meshes.current() is not None:
+  if meshes.current() is not None and drawn_from is None:
     log_probs, entropies = vocabulary.likelihoods(
         params.get('head', params['embedding']), states, targets, temperature=temperature, known=config.known_tokens,
         chunk=config.logit_chunk, with_entropy=with_entropy)
     return log_probs, entropies if with_entropy else None
 
-  def score(states, targets):
+  def score(states, targets, ids):
     scores = logits(params, states, temperature, config.known_tokens)
+    if ids is not None:
+      scores = jnp.where(unpack(drawn_from.masks[ids], config.vocab_size), scores, layers.MASKED)
     log_z = jax.nn.logsumexp(scores, axis=-1)
     log_probs = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0] - log_z
     if not with_entropy:
       return log_probs, None
     return log_probs, log_z - jnp.sum(jax.nn.softmax(scores, axis=-1) * scores, axis=-1)
 
-  return _in_chunks(score, states, targets, config.logit_chunk)
+  return _in_chunks(score, states, targets, drawn_from and drawn_from.ids, config.logit_chunk)
 
 
 def _value(head: Params, config: ModelConfig, states: jax.Array) -> jax.Array:
@@ -172,13 +199,13 @@ def _value(head: Params, config: ModelConfig, states: jax.Array) -> jax.Array:
   return states @ head['weight'] + head['bias']
 
 
-def _in_chunks(score, states, targets, chunk):
+def _in_chunks(score, states, targets, ids, chunk):
   """Maps `score` over [B * T] tokens in chunks whose logits are recomputed in the backward pass."""
   b, t, d = states.shape
   if not chunk or chunk >= b * t:
-    return score(states, targets)
+    return score(states, targets, ids)
   if (b * t) % chunk:
     raise ValueError(f'logit_chunk={chunk} does not divide the {b} x {t} = {b * t} tokens of the batch')
-  states, targets = states.reshape(-1, chunk, d), targets.reshape(-1, chunk)
-  out = jax.lax.map(jax.checkpoint(lambda x: score(*x)), (states, targets))
+  parts = states.reshape(-1, chunk, d), targets.reshape(-1, chunk), None if ids is None else ids.reshape(-1, chunk)
+  out = jax.lax.map(jax.checkpoint(lambda x: score(*x)), parts)
   return jax.tree.map(lambda x: x.reshape(b, t), out)

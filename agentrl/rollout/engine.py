@@ -22,6 +22,7 @@ from agentrl.models.params import Params
 from agentrl.rollout.budget import Limits
 from agentrl.rollout.journal import Journal
 from agentrl.rollout.session import Session, TrajectoryEnded
+from agentrl.sampling.constrain import Grammar
 from agentrl.sampling.sampler import MAX_STOPS, Draws, Extension, Sampler, SlotRequest
 from agentrl.tools.recording import RECORDING
 
@@ -63,7 +64,8 @@ class EngineStats:
 class Engine:
   """Collects trajectories from one sampler."""
 
-  def __init__(self, sampler: Sampler, tokenizer: Any, *, limits: Limits = Limits(), seed: int = 0):
+  def __init__(self, sampler: Sampler, tokenizer: Any, *, limits: Limits = Limits(), seed: int = 0,
+               grammar: Grammar | None = None):
     """Makes an engine.
 
     Args:
@@ -71,9 +73,12 @@ class Engine:
       tokenizer: See `agentrl.tokens.tokenizer.Tokenizer`.
       limits: Of every trajectory, unless a program's session is given others.
       seed: Of all draws.
+      grammar: What turns may be, unless a program gives its session another; None to draw freely.
     Raises:
-      ValueError: if the sampler has no room for the limits' context.
+      ValueError: if the sampler has no room for the limits' context, or was not made for a grammar.
     """
+    if grammar and not sampler.masks:
+      raise ValueError('the engine has a grammar, and its sampler was not made with constrained=True')
     if limits.context_tokens > sampler.capacities[-1]:
       raise ValueError(f'context_tokens={limits.context_tokens} is above the sampler\'s largest cache capacity of '
                        f'{sampler.capacities[-1]} tokens')
@@ -81,6 +86,7 @@ class Engine:
     self.tokenizer = tokenizer
     self.limits = limits
     self.seed = seed
+    self.grammar = grammar
     self.stats = EngineStats()
     self.version = 0  # of the policy whose weights the sampler has
     self._resident = np.zeros((sampler.slots, sampler.capacities[-1]), np.int32)
@@ -422,7 +428,8 @@ class Engine:
     reach, steps = self.sampler.reach, self.sampler.steps
     self.sampler.reserve(max(len(s.context) + min(reach, s.request.budget) for s in self._ready))
     requests = {
-        slot: SlotRequest(int(s.context.tail(-1)[0]), s.cached, s.request.budget, s.seed, s.request.stop_ids)
+        slot: SlotRequest(int(s.context.tail(-1)[0]), s.cached, s.request.budget, s.seed, s.request.stop_ids,
+                          s.request.cursor(s.context))
         for slot, (s, _) in active.items()}
     # Back to the host as soon as some are done: others may want their slots, or they their tools.
     enough = max((len(active) + 3) // 4, self.sampler.slots // 8, 1)
@@ -442,7 +449,8 @@ class Engine:
   def _record(self, session: Session, draws: Draws, now: float):
     """Appends what a session drew to its trajectory and ends its turn where it is to end."""
     request, context, before = session.request, session.context, session.cached
-    context.append_sampled(draws.tokens, draws.log_probs, draws.entropies, session.num_turns, self.version)
+    context.append_sampled(draws.tokens, draws.log_probs, draws.entropies, session.num_turns, self.version,
+                           draws.masks)
     session.cached += len(draws.tokens)
     request.budget -= len(draws.tokens)
     reason = 'stop' if draws.stopped else 'length' if request.budget <= 0 else None

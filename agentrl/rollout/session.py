@@ -12,6 +12,7 @@ import numpy as np
 from agentrl.core.types import Boundary, Segment, Status, ToolCall, ToolResult, Trajectory, Turn
 from agentrl.rollout.budget import Limits
 from agentrl.rollout.journal import Draw, Journal, drawn
+from agentrl.sampling.constrain import Cursor, Grammar
 
 if TYPE_CHECKING:
   from agentrl.rollout.engine import Engine
@@ -47,12 +48,22 @@ def trajectory_seed(seed: int, task_id: str, sample: int, path: Sequence[int] = 
 class Request:
   """A turn being sampled: what is left of it, and the future that its session awaits."""
 
-  def __init__(self, budget: int, stop_ids: tuple[int, ...], stop_texts: tuple[str, ...], start: int):
+  def __init__(self, budget: int, stop_ids: tuple[int, ...], stop_texts: tuple[str, ...], start: int,
+               grammar: Grammar | None = None):
     self.budget = budget
     self.stop_ids = stop_ids
     self.stop_texts = stop_texts
     self.start = start
+    self._cursor = grammar.start() if grammar else None
     self.future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+
+  def cursor(self, context: Segment) -> Cursor | None:
+    """Returns where the turn stands in its grammar; None without one."""
+    if self._cursor:
+      for token in context.tail(self.start + self._cursor.taken).tolist():
+        self._cursor.take(token)
+    return self._cursor
 
 
 class Session:
@@ -60,6 +71,10 @@ class Session:
 
   Its slot in the cache is the engine's business: a session may lose it while it waits, and gets its context
   recomputed, without its program noticing.
+
+  Attributes:
+    grammar: What its turns may be; None to draw freely. The engine's, unless a program sets another for the turns to
+      come. A turn begins a message, whatever the one before it ended in.
   """
 
   def __init__(self, engine: Engine, trajectory: Trajectory, limits: Limits, root: Session | None = None,
@@ -70,6 +85,7 @@ class Session:
     self.journal = None if journals is None else journals.setdefault(trajectory.path, Journal())
     self.trajectory = trajectory
     self.limits = limits
+    self.grammar = engine.grammar
     self.seed = trajectory_seed(trajectory.seed, trajectory.task.id, trajectory.sample, trajectory.path)
     self.slot: int | None = None
     self.cached = 0  # tokens of the context that the slot holds
@@ -119,12 +135,15 @@ class Session:
     Raises:
       TrajectoryEnded: if no turn or no token is left to sample, nothing was appended yet, or far more was drawn and
         rolled back than a trajectory may hold.
-      ValueError: if max_tokens is below 1, or a stop is empty, or too many stops are single pieces.
+      ValueError: if max_tokens is below 1, or a stop is empty, or too many stops are single pieces, or the sampler was not
+        made for grammars.
       RuntimeError: if the trajectory has ended, or a turn is being sampled.
     """
     self._check_open()
     if max_tokens is not None and max_tokens < 1:
       raise ValueError(f'max_tokens={max_tokens} must be at least 1')
+    if self.grammar and not self.engine.sampler.masks:
+      raise ValueError('a session has a grammar, and its sampler was not made with constrained=True')
     if not len(self.context):
       raise TrajectoryEnded(Status.AGENT_FAILURE, Boundary.AGENT, 'generate() before any append()')
     if self.num_turns >= self.limits.turns:
@@ -138,7 +157,7 @@ class Session:
                             f'{self._drawn} tokens drawn in all, most of them rolled back again')
     stop_ids, stop_texts = self.engine.split_stops(tuple(stops))
     start = len(self.context)
-    self.request = Request(budget, stop_ids, stop_texts, start)
+    self.request = Request(budget, stop_ids, stop_texts, start, self.grammar)
     reason = self._replay()
     try:
       if reason is None:
@@ -166,9 +185,14 @@ class Session:
     draw = self.journal.ask(self.context) if self.journal else None
     if draw is None:
       return None
-    self.context.append_sampled(draw.tokens, draw.log_probs, draw.entropies, self.num_turns, draw.versions)
+    self.context.append_sampled(draw.tokens, draw.log_probs, draw.entropies, self.num_turns, draw.versions,
+                                self._masks(draw.tokens))
     self.request.budget -= len(draw.tokens)
     return draw.reason
+
+  def _masks(self, tokens: Sequence[int]) -> Sequence[bytes | None]:
+    """Returns what the tokens of a turn are drawn from, as `Segment.append_sampled` takes it."""
+    return self.grammar.masks(tokens) if self.grammar else ()
 
   def under_way(self) -> list[Draw]:
     """Returns the turn that is being sampled, as far as it is drawn; [] if none is."""
@@ -256,7 +280,7 @@ class Session:
     self.rollback(mark)
     self._check_room(tokens, Boundary.AGENT)
     start = len(self.context)
-    self.context.append_revised(tokens, self.num_turns)
+    self.context.append_revised(tokens, self.num_turns, masks=self._masks(tokens))
     text = self.engine.tokenizer.decode([int(t) for t in tokens])
     turn = Turn(index=self.num_turns, segment=len(self.trajectory.segments) - 1, start=start, end=len(self.context),
                 text=text, stop_reason='stop')
@@ -350,9 +374,11 @@ class Session:
       t = self.trajectory
       path = (*t.path, self._forks)
       self._forks += 1
-      forks.append(Session(self.engine, Trajectory(
+      fork = Session(self.engine, Trajectory(
           task=t.task, sample=t.sample, group_id=t.group_id, seed=t.seed, policy_version=t.policy_version, path=path,
           parent_path=t.path, fork_point=len(self.context),
           fork_points=(*t.fork_points, (len(t.segments), len(self.context))), segments=[s.copy() for s in t.segments],
-          turns=[dataclasses.replace(turn) for turn in t.turns]), self.limits, self.root, self.journals))
+          turns=[dataclasses.replace(turn) for turn in t.turns]), self.limits, self.root, self.journals)
+      fork.grammar = self.grammar
+      forks.append(fork)
     return forks

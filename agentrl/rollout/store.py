@@ -157,17 +157,22 @@ def read(path: str | os.PathLike) -> StoredStep:
 def encode_trajectories(trajectories: Sequence[types.Trajectory]) -> dict[str, Any]:
   """Returns trajectories as JSON types, for `decode_trajectories`."""
   tasks, encoded = {}, []
+  masks: dict[bytes, int] = {}  # most tokens share theirs with others
   for trajectory in trajectories:
     task = json.dumps(encode_task(trajectory.task))
     index = tasks.setdefault(task, len(tasks))  # The samples of a group share their task.
-    encoded.append({'task': index, **_encode_trajectory(trajectory)})
-  return {'tasks': [json.loads(task) for task in tasks], 'trajectories': encoded}
+    encoded.append({'task': index, **_encode_trajectory(trajectory, masks)})
+  out = {'tasks': [json.loads(task) for task in tasks], 'trajectories': encoded}
+  if masks:
+    out['masks'] = encode(list(masks))
+  return out
 
 
 def decode_trajectories(encoded: Mapping[str, Any]) -> list[types.Trajectory]:
   """Returns what `encode_trajectories` was given."""
   tasks = [decode_task(task) for task in encoded['tasks']]
-  return [_decode_trajectory(t, tasks) for t in encoded['trajectories']]
+  masks = decode(encoded.get('masks', []))
+  return [_decode_trajectory(t, tasks, masks) for t in encoded['trajectories']]
 
 
 def encode_task(task: types.Task) -> Any:
@@ -234,7 +239,7 @@ def decode(value: Any) -> Any:
   raise ValueError(f'unknown kind {kind!r}')
 
 
-def _encode_trajectory(trajectory: types.Trajectory) -> dict[str, Any]:
+def _encode_trajectory(trajectory: types.Trajectory, masks: dict[bytes, int]) -> dict[str, Any]:
   fields = {f.name: getattr(trajectory, f.name) for f in dataclasses.fields(trajectory)}
   del fields['task']
   fields['segments'] = [{
@@ -243,7 +248,8 @@ def _encode_trajectory(trajectory: types.Trajectory) -> dict[str, Any]:
       'log_probs': s.log_probs,
       'entropies': s.entropies,
       'turns': s.turns,
-      'versions': s.versions
+      'versions': s.versions,
+      **_mask_ids(s, masks)
   } for s in trajectory.segments]
   fields['turns'] = [dataclasses.asdict(turn) for turn in trajectory.turns]
   fields['status'] = trajectory.status.value
@@ -251,32 +257,43 @@ def _encode_trajectory(trajectory: types.Trajectory) -> dict[str, Any]:
   return encode(fields)
 
 
-def _decode_trajectory(encoded: Mapping[str, Any], tasks: Sequence[types.Task]) -> types.Trajectory:
+def _mask_ids(segment: types.Segment, masks: dict[bytes, int]) -> dict[str, np.ndarray]:
+  """Returns where each token's mask stands among `masks`, -1 for none; {} without any. Adds what is not there."""
+  if not any(segment.masks):
+    return {}
+  ids = [-1 if m is None else masks.setdefault(m, len(masks)) for m in segment.masks]
+  return {'mask_ids': np.array(ids, np.int32)}
+
+
+def _decode_trajectory(encoded: Mapping[str, Any], tasks: Sequence[types.Task],
+                       masks: Sequence[bytes]) -> types.Trajectory:
   encoded = dict(encoded)
   task = tasks[encoded.pop('task')]
   fields = decode(encoded)
-  fields['segments'] = [_decode_segment(s, fields['policy_version']) for s in fields['segments']]
+  fields['segments'] = [_decode_segment(s, fields['policy_version'], masks) for s in fields['segments']]
   fields['turns'] = [_decode_turn(t) for t in fields['turns']]
   fields['status'] = types.Status(fields['status'])
   fields['boundary'] = fields['boundary'] and types.Boundary(fields['boundary'])
   return types.Trajectory(task=task, **fields)
 
 
-def _decode_segment(columns: Mapping[str, np.ndarray], version: int) -> types.Segment:
+def _decode_segment(columns: Mapping[str, np.ndarray], version: int, masks: Sequence[bytes]) -> types.Segment:
   segment = types.Segment()
   sampled, turns = columns['sampled'], columns['turns']
   known = np.isfinite(columns['log_probs'])
   # Files from before tokens had versions.
   versions = columns.get('versions', np.full(len(turns), version, np.int32))
+  mask_ids = columns.get('mask_ids', np.full(len(turns), -1))
+  drawn_from = [None if i < 0 else masks[i] for i in mask_ids]
   key = lambda i: (bool(sampled[i]), bool(known[i]), int(turns[i]))
   for (is_sampled, is_known, turn), run in itertools.groupby(range(len(sampled)), key):
     run = list(run)
     rows = slice(run[0], run[-1] + 1)
     if is_sampled and not is_known:
-      segment.append_revised(columns['tokens'][rows], turn, versions[rows])
+      segment.append_revised(columns['tokens'][rows], turn, versions[rows], drawn_from[rows])
     elif is_sampled:
       segment.append_sampled(columns['tokens'][rows], columns['log_probs'][rows],
-                             columns['entropies'][rows], turn, versions[rows])
+                             columns['entropies'][rows], turn, versions[rows], drawn_from[rows])
     else:
       segment.append_forced(columns['tokens'][rows], turn)
   return segment

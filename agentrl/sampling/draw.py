@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from agentrl.models.layers import MASKED
+
 # A draw chooses a block of this many tokens, then a token in it: V / 64 + 64 random numbers, not V.
 BLOCK = 64
 
@@ -40,7 +42,8 @@ class Drawn(NamedTuple):
   entropies: jax.Array
 
 
-def draw(logits: jax.Array, keys: jax.Array, params: SamplingParams = SamplingParams()) -> Drawn:
+def draw(logits: jax.Array, keys: jax.Array, params: SamplingParams = SamplingParams(),
+         allowed: jax.Array | None = None) -> Drawn:
   """Returns one token a row, a plain function of (logits, key).
 
   An exponential race, argmax_i w_i / e_i with e_i ~ Exp(1), first between blocks of the vocabulary and then within the
@@ -53,9 +56,12 @@ def draw(logits: jax.Array, keys: jax.Array, params: SamplingParams = SamplingPa
     logits: [S, V] float32, not yet divided by the temperature.
     keys: [S] typed PRNG keys, one a row.
     params: Static; which distribution to draw from.
+    allowed: [S, V] bool. Tokens that may be drawn, at least one a row; None for all.
   Returns:
-    The draw. With truncation, log-probs and entropies are those of the truncated distribution.
+    The draw. Log-probs and entropies are those of the distribution drawn from: of what is allowed, truncated.
   """
+  if allowed is not None:
+    logits = jnp.where(allowed, logits, MASKED)
   if params.temperature == 0:
     return _greedy(logits)
   logits = truncate(logits / params.temperature, params.top_k, params.top_p)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from agentrl.models import layers, transformer
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import Params, param_axes
+from agentrl.sampling.constrain import MaskTable
 from agentrl.sampling.draw import Drawn, SamplingParams, draw
 
 
@@ -203,7 +204,7 @@ def attend_one(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 
 def decode(params: Params, cache: Cache, pending: jax.Array, lengths: jax.Array, budgets: jax.Array, seeds: jax.Array,
            stops: jax.Array, floor: jax.Array, *, steps: int, config: ModelConfig,
-           sampling: SamplingParams = SamplingParams()) -> tuple[Cache, Decoded]:
+           sampling: SamplingParams = SamplingParams(), masks: MaskTable | None = None) -> tuple[Cache, Decoded]:
   """Draws up to `steps` tokens in every active slot.
 
   Ends early once no more than `floor` slots are active. The draw at position p of a slot depends on its context, its
@@ -221,6 +222,7 @@ def decode(params: Params, cache: Cache, pending: jax.Array, lengths: jax.Array,
     steps: Static.
     config: Static.
     sampling: Static.
+    masks: Static. Asked at each step which tokens may be drawn; None for all.
   Returns:
     The cache, now holding all but the last drawn token of each slot, and what was drawn.
   """
@@ -234,7 +236,8 @@ def decode(params: Params, cache: Cache, pending: jax.Array, lengths: jax.Array,
   def body(carry):
     step, cache, pending, lengths, out, stopped, active = carry
     cache, scores = next_logits(params, cache, pending, lengths, config)
-    drawn = draw(scores, jax.vmap(jax.random.fold_in)(keys, lengths), sampling)
+    allowed = masks.allowed(lengths - first, out.tokens)[:, 0] if masks else None
+    drawn = draw(scores, jax.vmap(jax.random.fold_in)(keys, lengths), sampling, allowed)
     # Column `step` of an idle slot is never read: its count says so.
     out = jax.tree.map(lambda o, d: jax.lax.dynamic_update_slice(o, d[:, None], (0, step)), out, drawn)
     hit = active & jnp.any(drawn.tokens[:, None] == stops, axis=-1)

@@ -14,6 +14,7 @@ from agentrl.models.config import ModelConfig
 from agentrl.models.params import Params
 from agentrl.sampling import functions
 from agentrl.sampling import speculation as speculations
+from agentrl.sampling.constrain import Cursor, MaskTable
 from agentrl.sampling.draw import SamplingParams
 from agentrl.sampling.speculation import Speculation
 from agentrl.sharding import mesh as meshes
@@ -38,6 +39,7 @@ class SlotRequest(NamedTuple):
     budget: Tokens it may draw, at least 1.
     seed: Key of its trajectory, two uint32.
     stops: At most `MAX_STOPS` token ids that end its turn.
+    cursor: Where the turn stands in its grammar; None to draw freely.
   """
 
   pending: int
@@ -45,15 +47,20 @@ class SlotRequest(NamedTuple):
   budget: int
   seed: tuple[int, int]
   stops: tuple[int, ...]
+  cursor: Cursor | None = None
 
 
 class Draws(NamedTuple):
-  """What one slot drew: ids, log-probs and entropies (nats) of equal length, and whether a stop token ended it."""
+  """What one slot drew: ids, log-probs and entropies (nats) of equal length, and whether a stop token ended it.
+
+  `masks` are the packed sets of tokens that each was drawn from, None for all; () where nothing is constrained.
+  """
 
   tokens: np.ndarray
   log_probs: np.ndarray
   entropies: np.ndarray
   stopped: bool
+  masks: tuple[bytes | None, ...] = ()
 
 
 def buckets(smallest: int, largest: int) -> tuple[int, ...]:
@@ -79,7 +86,8 @@ class Sampler:
   def __init__(self, config: ModelConfig, *, slots: int, context: int, chunk: int = 16,
                sampling: SamplingParams = SamplingParams(), capacities: Sequence[int] | None = None,
                row_buckets: Sequence[int] | None = None, token_buckets: Sequence[int] | None = None,
-               mesh: Mesh | None = None, speculation: Speculation | None = None):
+               mesh: Mesh | None = None, speculation: Speculation | None = None,
+               constrained: bool = False):
     """Makes a sampler without parameters; see `set_params`.
 
     Args:
@@ -94,6 +102,7 @@ class Sampler:
       mesh: Of this process's devices, where parameters and cache are to live; None for where the parameters lie. It
         has all the devices that they lie on, or, in a run of one process, none of them.
       speculation: Guess tokens from the slot's own text, so that a pass may draw several; None for one a pass.
+      constrained: Whether turns may follow a grammar: the host is then asked for masks at every step.
     """
     self.config = config
     self.slots = slots
@@ -101,6 +110,9 @@ class Sampler:
     self.reach = chunk * (1 + speculation.tokens if speculation else 1)  # most tokens a slot draws in one `decode`
     self.sampling = sampling
     self.speculation = speculation
+    self.masks = None
+    if constrained:
+      self.masks = MaskTable(slots, config.vocab_size, 1 + speculation.tokens if speculation else 1)
     self.steps = 0  # passes through the network so far
     self.capacities = tuple(sorted(capacities or buckets(min(64, context), context)))
     if self.capacities[-1] < context:
@@ -127,7 +139,7 @@ class Sampler:
     self._extend = jit(functools.partial(functions.extend, config=self.config), donate_argnums=1)
     self._fork = jit(functions.fork, donate_argnums=0)
     self._resize = jit(functions.resize, static_argnums=1)
-    settings = dict(config=self.config, steps=self.chunk, sampling=self.sampling)
+    settings = dict(config=self.config, steps=self.chunk, sampling=self.sampling, masks=self.masks)
     decode = functools.partial(functions.decode, **settings)
     if self.speculation:
       decode = functools.partial(speculations.decode, **settings, speculation=self.speculation)
@@ -247,6 +259,11 @@ class Sampler:
     for slot, r in requests.items():
       pending[slot], lengths[slot], budgets[slot], seeds[slot] = r.pending, r.length, r.budget, r.seed
       stops[slot, :len(r.stops)] = r.stops
+    cursors = {slot: r.cursor for slot, r in requests.items() if r.cursor is not None}
+    if self.masks:
+      self.masks.begin(cursors)
+    elif cursors:
+      raise ValueError('a turn has a grammar, and this sampler was not made with constrained=True')
     history = (self._tokens[:, :self.cache.capacity],) if self.speculation else ()
     self.cache, out = self._decode(self._params, self.cache, pending, lengths, budgets, seeds, stops,
                                    np.int32(floor), *history)
@@ -258,7 +275,7 @@ class Sampler:
       self._held[slot] = lengths[slot] + n
       self._remember(slot, lengths[slot], [requests[slot].pending, *out.tokens[slot, :n]])
       draws[slot] = Draws(out.tokens[slot, :n], out.log_probs[slot, :n], out.entropies[slot, :n],
-                          bool(out.stopped[slot]))
+                          bool(out.stopped[slot]), self.masks.drawn(slot, n) if self.masks else ())
     return draws
 
   def warm_up(self):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from agentrl.models import layers, transformer
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import Params
+from agentrl.sampling.constrain import MaskTable
 from agentrl.sampling.draw import Drawn, SamplingParams, draw
 from agentrl.sampling.functions import Cache, Decoded
 
@@ -116,7 +117,8 @@ def _put(buffer: jax.Array, new: jax.Array, starts: jax.Array, axis: int) -> jax
 
 def decode(params: Params, cache: Cache, pending: jax.Array, lengths: jax.Array, budgets: jax.Array, seeds: jax.Array,
            stops: jax.Array, floor: jax.Array, history: jax.Array, *, steps: int, config: ModelConfig,
-           speculation: Speculation, sampling: SamplingParams = SamplingParams()) -> tuple[Cache, Decoded]:
+           speculation: Speculation, sampling: SamplingParams = SamplingParams(),
+           masks: MaskTable | None = None) -> tuple[Cache, Decoded]:
   """Draws what `functions.decode` would, up to `steps` x W tokens in every active slot.
 
   Args:
@@ -133,6 +135,7 @@ def decode(params: Params, cache: Cache, pending: jax.Array, lengths: jax.Array,
     config: Static.
     speculation: Static.
     sampling: Static.
+    masks: Static.
   Returns:
     The cache and what was drawn; its arrays are [S, steps x W].
   """
@@ -140,6 +143,7 @@ def decode(params: Params, cache: Cache, pending: jax.Array, lengths: jax.Array,
   keys = jax.random.wrap_key_data(seeds, impl='threefry2x32')
   fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
   ahead, rows = jnp.arange(width)[None], jnp.arange(slots)[:, None]
+  rows_of = lambda x: None if x is None else x.reshape(slots * width, -1)
   first = lengths
 
   def running(carry):
@@ -152,7 +156,8 @@ def decode(params: Params, cache: Cache, pending: jax.Array, lengths: jax.Array,
     last = jnp.take_along_axis(history, lengths[:, None], axis=1)
     tokens = jnp.concatenate([last, jnp.maximum(proposals, 0)], axis=1)
     cache, scores = next_logits(params, cache, tokens, lengths, config)
-    drawn = draw(scores.reshape(slots * width, -1), fold(keys, lengths[:, None] + ahead).reshape(-1), sampling)
+    allowed = masks.allowed(lengths - first, out.tokens, proposals) if masks else None
+    drawn = draw(rows_of(scores), fold(keys, lengths[:, None] + ahead).reshape(-1), sampling, rows_of(allowed))
     drawn = jax.tree.map(lambda x: x.reshape(slots, width), drawn)
     hits = jnp.any(drawn.tokens[:, :, None] == stops[:, None], axis=-1)
     counts = jnp.where(active, _kept(drawn.tokens, proposals, hits, first + budgets - lengths), 0)

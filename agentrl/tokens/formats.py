@@ -14,6 +14,7 @@ from typing import Any, Iterator, Mapping, Protocol, Sequence
 
 from agentrl.core import registry
 from agentrl.core import types
+from agentrl.tokens import grammars
 
 FORMATS: registry.Registry = registry.Registry('call format', 'agentrl.tokens.call_formats')
 
@@ -50,6 +51,16 @@ class CallFormat(Protocol):
 
     Args:
       tools: Each with 'name', 'description' and 'parameters' (a JSON schema).
+    """
+
+  def grammar(self, tools: Sequence[Mapping[str, Any]], ids: Mapping[str, int]) -> grammars.TurnGrammar:
+    """Returns what a turn may be, so that all `parse` finds in it are calls that fit one of the tools.
+
+    Args:
+      tools: As for `describe`.
+      ids: The tokenizer's markers, by their text.
+    Raises:
+      ValueError: naming the tool that cannot be called so, or the marker that the tokenizer lacks.
     """
 
 
@@ -139,6 +150,14 @@ class HermesFormat:
     return (f'You may call functions. Their signatures:\n<tools>\n{signatures}\n</tools>\n'
             'Write a call as\n<tool_call>\n{"name": <function>, "arguments": <object>}\n'
             '</tool_call>')
+
+  def grammar(self, tools: Sequence[Mapping[str, Any]], ids: Mapping[str, int]) -> grammars.TurnGrammar:
+    """See CallFormat. The tags are their tokens: no text spells them out, not even within an argument."""
+    opening, closing = (grammars.token(m, ids) for m in self.markers)
+    text = f'TEXT: {grammars.without(self.markers)}\n'
+    turn = f'start: (TEXT? {opening} blank call blank {closing})* TEXT?\n{text}{grammars.json_calls(tools)}'
+    guard = f'start: (TEXT? ({opening} | {closing}))* TEXT?\n{text}'
+    return grammars.TurnGrammar(turn, guard, self.markers)
 
 
 def render_json_call(call: types.ToolCall, *, arguments: str = 'arguments',
@@ -269,6 +288,21 @@ class XmlFormat:
     lines = [f'<{t["name"]}>{argument[t["name"]]}</{t["name"]}>: {t["description"]}' for t in tools]
     return '\n'.join(['Tools:', *lines])
 
+  def grammar(self, tools: Sequence[Mapping[str, Any]], ids: Mapping[str, int]) -> grammars.TurnGrammar:
+    """See CallFormat. A content holds no tag; enumerations and lengths of its schema are kept to."""
+    del ids
+    argument, rules, calls = dict(self.arguments), [], []
+    for i, tool in enumerate(t for t in tools if t['name'] in argument):
+      content = grammars.content(tool, argument[tool['name']], self.markers)
+      opening, closing = (grammars.literal(m.format(tool['name'])) for m in ('<{}>', '</{}>'))
+      # Lazy: each ends where its tag first does.
+      rules.append(f'open_{i}[lazy]: OTHER {opening}\nclose_{i}[lazy]: CONTENT_{i} {closing}\nCONTENT_{i}: {content}\n')
+      calls.append(f'open_{i} close_{i}')
+    if not calls:
+      raise ValueError(f'none of the tools {[t["name"] for t in tools]} has a tag; there are {list(argument)}')
+    text = grammars.without(self.markers)
+    return grammars.TurnGrammar(f'start: ({" | ".join(calls)})* TEXT?\nTEXT: {text}\nOTHER: {text}\n{"".join(rules)}')
+
 
 def xml_format(tools: Sequence[Any], *, parallel: bool = False) -> XmlFormat:
   """Returns the XML format of some tools: content goes to the first required argument of each.
@@ -357,6 +391,23 @@ class FencedFormat:
     """See CallFormat."""
     lines = [f'```{t["name"]}```: {t["description"]}' for t in tools]
     return '\n'.join(['Code blocks in these languages are run:', *lines])
+
+  def grammar(self, tools: Sequence[Mapping[str, Any]], ids: Mapping[str, int]) -> grammars.TurnGrammar:
+    """See CallFormat. A content holds no fence; enumerations and lengths of its schema are kept to."""
+    del ids
+    argument, rules, calls = dict(self.arguments), [], []
+    # As `parse` finds it: at the start of a line, blanks around the language.
+    opening = lambda language: f'```[^\\S\\n]*({language})[^\\S\\n]*\\n'
+    for i, tool in enumerate(t for t in tools if t['name'] in argument):
+      content = grammars.content(tool, argument[tool['name']], self.markers)
+      rules.append(f'open_{i}[lazy]: /((?s:.*)\\n)?{opening(grammars.pattern(tool["name"]))}/\n'
+                   f'close_{i}[lazy]: CONTENT_{i} "```\\n"\nCONTENT_{i}: (({content}) /\\n?/) & ~/(?s:.*)`/\n')
+      calls.append(f'open_{i} close_{i}')
+    if not calls:
+      raise ValueError(f'none of the tools {[t["name"] for t in tools]} has blocks; there are {list(argument)}')
+    blocks = opening('|'.join(grammars.pattern(name) for name in argument))
+    text = f'TEXT: {grammars.ANY} & ~/((?s:.*)\\n)?{blocks}(?s:.*)/\n'
+    return grammars.TurnGrammar(f'start: ({" | ".join(calls)})* TEXT?\n{text}{"".join(rules)}')
 
 
 def make(name: str, tools: Sequence[Any]) -> CallFormat:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from typing import Any, Collection, Iterable, Mapping, Sequence
 
 import tokenizers
@@ -159,6 +160,22 @@ class HFTokenizer:
     """Returns each id's piece for display."""
     return [self._full.decode([int(i)], skip_special_tokens=False) for i in ids]
 
+  def token_bytes(self) -> list[bytes]:
+    """Returns what each id adds to the bytes of a text; ids without a piece add nothing.
+
+    Raises:
+      ValueError: if the decoder is neither byte-level nor one of pieces with a letter for the blank.
+    """
+    decoder = json.dumps(json.loads(self._model).get('decoder'))
+    if 'ByteLevel' not in decoder and _BLANK not in decoder and 'Metaspace' not in decoder:
+      raise ValueError(f'the bytes of pieces are not known for the decoder {decoder}')
+    plain = self._plain.get_vocab(with_added_tokens=False)
+    out = [b''] * self._vocab_size
+    for piece, id_ in self._full.get_vocab(with_added_tokens=True).items():
+      out[id_] = piece.encode() if piece not in plain else (
+          bytes(_BYTE_OF_LETTER[c] for c in piece) if 'ByteLevel' in decoder else _piece_bytes(piece))
+    return out
+
   def save(self, folder: str | os.PathLike):
     """Writes tokenizer.json, tokenizer_config.json and the stop ids into a folder, as `load` reads them."""
     folder = pathlib.Path(folder)
@@ -198,6 +215,22 @@ class HFTokenizer:
                  stop_ids=tuple(dict.fromkeys(ids)), markers=markers)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise ValueError(f'{folder}: {error}') from error
+
+
+def _letters() -> dict[str, int]:
+  """The letters that stand for bytes in byte-level pieces: those that print as they are, then others from 256 on."""
+  printing = [*range(ord('!'), ord('~') + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [b for b in range(256) if b not in printing]
+  return {**{chr(b): b for b in printing}, **{chr(256 + i): b for i, b in enumerate(others)}}
+
+
+_BYTE_OF_LETTER = _letters()
+_BLANK = '\u2581'
+
+
+def _piece_bytes(piece: str) -> bytes:
+  byte = re.fullmatch(r'<0x([0-9A-F]{2})>', piece)
+  return bytes([int(byte.group(1), 16)]) if byte else piece.replace(_BLANK, ' ').encode()
 
 
 def content_of(token: Any) -> str | None:

@@ -137,6 +137,18 @@ class Tokenizer:
     """Returns each id's piece for display, with spaces as spaces."""
     return [self._processor.id_to_piece(int(i)).replace(_SPACE, ' ') for i in ids]
 
+  def token_bytes(self) -> list[bytes]:
+    """Returns what each id adds to the bytes of a text, markers and padding as `decode` writes them."""
+    return [self._bytes_of(i) for i in range(self.vocab_size)]
+
+  def _bytes_of(self, id_: int) -> bytes:
+    piece = self._processor.id_to_piece(id_)
+    if self._processor.is_byte(id_):
+      return bytes([int(piece[3:5], 16)])
+    if id_ in self._marker_of_id or self._processor.is_unknown(id_) or id_ == self._pad_id:
+      return self.decode([id_]).encode()
+    return piece.replace(_SPACE, ' ').encode()
+
   def save(self, path: str):
     """Writes one file, atomically."""
     meta = json.dumps({'format': 'agentrl-tokenizer-1', 'markers': list(self._markers)}).encode()

@@ -26,8 +26,10 @@ from agentrl.rewards import base as rewards
 from agentrl.rollout.budget import Limits
 from agentrl.rollout.engine import Engine
 from agentrl.rollout.store import TrajectoryStore
+from agentrl.sampling.constrain import Grammar
 from agentrl.sampling.draw import SamplingParams
 from agentrl.sampling.sampler import Sampler
+from agentrl.sampling.speculation import Speculation
 from agentrl.sharding import exchange
 from agentrl.sharding import mesh as meshes
 from agentrl.tokens import chat, formats
@@ -62,6 +64,14 @@ class Parts:
     self._engines: dict[SamplingParams, Engine] = {}
     self._closing = contextlib.ExitStack()
 
+  @functools.cached_property
+  def grammar(self) -> Grammar | None:
+    """What turns may be; None where nothing is constrained."""
+    if not self.config.rollout.constrain:
+      return None
+    ends = [self.tokenizer.encode(stop, allow_markers=True)[0] for stop in self.template.stops]
+    return Grammar(self.call_format, self.schemas, self.tokenizer, ends)
+
   @property
   def schemas(self) -> list[dict[str, Any]]:
     """The tools as the system message lists them."""
@@ -86,12 +96,14 @@ class Parts:
     """Returns the engine that samples so; the same one each time."""
     if sampling not in self._engines:
       r = self.config.rollout
+      speculation = Speculation(r.speculate, r.speculate_ngram) if r.speculate else None
       sampler = Sampler(self.model, slots=r.slots, context=r.context_tokens, chunk=r.chunk, sampling=sampling,
                         capacities=r.capacities or None, token_buckets=r.token_buckets or None,
-                        mesh=self.sampler_mesh)
+                        mesh=self.sampler_mesh, speculation=speculation, constrained=r.constrain)
       limits = Limits(turn_tokens=r.turn_tokens, trajectory_tokens=r.trajectory_tokens,
                       context_tokens=r.context_tokens, turns=self.config.environment.max_turns)
-      self._engines[sampling] = Engine(sampler, self.tokenizer, limits=limits, seed=self.config.seed)
+      self._engines[sampling] = Engine(sampler, self.tokenizer, limits=limits, seed=self.config.seed,
+                                       grammar=self.grammar)
     return self._engines[sampling]
 
   @functools.cached_property
@@ -172,8 +184,10 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Parts:
   _check_mesh(model, mesh)
   logging.info('Policy of %d parameters on %d device(s), vocabulary %d', num_params(model), mesh.size,
                tokenizer.vocab_size)
-  return Parts(config, workdir, model, mesh, tokenizer, template, named_tools, call_format, executor,
-               sources['train'], sources['test'], reward, system_prompt)
+  parts = Parts(config, workdir, model, mesh, tokenizer, template, named_tools, call_format, executor,
+                sources['train'], sources['test'], reward, system_prompt)
+  _ = parts.grammar  # tools that no grammar can be made for are refused here
+  return parts
 
 
 def _from_checkpoint() -> Any:

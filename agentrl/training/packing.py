@@ -37,6 +37,7 @@ class TokenSequence(NamedTuple):
     turns: [n] int32.
     trajectory: Index of the trajectory it belongs to.
     parts: Name to [n]: further numbers of its tokens.
+    masks: [n] what each was drawn from, see `Segment.masks`; () if all from the whole vocabulary.
   """
 
   tokens: np.ndarray
@@ -45,6 +46,7 @@ class TokenSequence(NamedTuple):
   turns: np.ndarray
   trajectory: int
   parts: Mapping[str, np.ndarray] = {}
+  masks: Sequence[bytes | None] = ()
 
 
 class Outcome(NamedTuple):
@@ -79,7 +81,7 @@ def sequences_of(trajectories: Sequence[Trajectory], token_parts: Sequence[str] 
   """
   nodes = _Nodes() if set(NODE_PARTS) & set(token_parts) else None
   return [TokenSequence(s.tokens, _in_loss(t, s), s.log_probs, s.turns, i,
-                        {name: _token_part(t, s, name, nodes, step) for name in token_parts})
+                        {name: _token_part(t, s, name, nodes, step) for name in token_parts}, s.masks)
           for i, t in enumerate(trajectories) for s in t.segments if len(s)]
 
 
@@ -151,6 +153,37 @@ class _Nodes:
     return self._numbers.setdefault((t.group_id, t.sample, path, turn), len(self._numbers))
 
 
+class MaskRows:
+  """The distinct sets of tokens that a batch's tokens were drawn from, the first of them the whole vocabulary."""
+
+  def __init__(self, vocab_size: int, size: int):
+    """Makes a table of one shape.
+
+    Args:
+      vocab_size: V.
+      size: R, sets that it has room for, at least 2; where more are needed it doubles.
+    """
+    self._width = -(-vocab_size // 32)
+    self._numbers: dict[bytes, int] = {}
+    self.size = size
+
+  def ids(self, masks: Sequence[bytes | None], used: np.ndarray) -> np.ndarray:
+    """Returns [n] int32: the row of each token's set; 0, the whole vocabulary, where `used` ([n] bool) is False."""
+    number = lambda m: 0 if m is None else self._numbers.setdefault(m, 1 + len(self._numbers))
+    return np.array([number(m) if use else 0 for m, use in zip(masks, used.tolist())], np.int32)
+
+  def table(self) -> np.ndarray:
+    """Returns [R, V / 32] uint32."""
+    while self.size <= len(self._numbers):
+      self.size *= 2
+    out = np.zeros((self.size, self._width), np.uint32)
+    out[0] = 0xFFFFFFFF
+    for mask, number in self._numbers.items():
+      row = np.frombuffer(mask, np.uint32)
+      out[number, :len(row)] = row
+    return out
+
+
 def plan_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
   """Returns, for each row, the indices of the sequences put there: longest first, each into the fullest row it fits.
 
@@ -177,7 +210,7 @@ def plan_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 def pack(sequences: Sequence[TokenSequence], outcome: Outcome, *, rows: int, row_length: int, channels: int = 1,
          micro_batches: int = 1, plan: list[list[int]] | None = None, token_part_names: Sequence[str] = (),
-         step: int = 0) -> tuple[TrainBatch, int]:
+         step: int = 0, masks: MaskRows | None = None) -> tuple[TrainBatch, int]:
   """Returns a batch of `rows` x `row_length` tokens, and how many of its micro-batches are used.
 
   Micro-batch m is rows m, m + micro_batches, ...; they are filled one after the other, and the rest is padding.
@@ -194,6 +227,7 @@ def pack(sequences: Sequence[TokenSequence], outcome: Outcome, *, rows: int, row
     plan: Indices of the sequences of each row; planned if None.
     token_part_names: Further numbers of tokens that the sequences have.
     step: Updates made so far.
+    masks: Where to put what tokens were drawn from; None where none was drawn from less than the vocabulary.
   Raises:
     ValueError: if the sequences do not fit, or the micro-batches do not divide the rows.
   """
@@ -204,6 +238,7 @@ def pack(sequences: Sequence[TokenSequence], outcome: Outcome, *, rows: int, row
     raise ValueError(f'{micro_batches} micro-batches do not divide {rows} rows')
   part = rows // micro_batches
   shape = (rows, row_length)
+  mask_ids = None if masks is None else np.zeros(shape, np.int32)
   ints = {k: np.full(shape, fill, np.int32) for k, fill in
           (('tokens', 0), ('positions', 0), ('segment_ids', 0), ('turn_ids', -1), ('trajectory_ids', -1))}
   loss_mask, log_probs = np.zeros(shape, bool), np.zeros(shape, np.float32)
@@ -222,9 +257,11 @@ def pack(sequences: Sequence[TokenSequence], outcome: Outcome, *, rows: int, row
       log_probs[where] = np.where(loss_mask[where], s.log_probs, 0.0)
       for name, plane in token_parts.items():
         plane[where] = s.parts[name]
+      if masks is not None and s.masks:
+        mask_ids[where] = masks.ids(s.masks, loss_mask[where])
   zeros = lambda: np.zeros(shape, np.float32)
   batch = TrainBatch(
       **ints, loss_mask=loss_mask, behaviour_log_probs=log_probs, reference_log_probs=zeros(), values=zeros(),
       returns=zeros(), advantages=np.zeros((channels, *shape), np.float32), step=np.int32(step),
-      token_parts=token_parts, **outcome._asdict())
+      token_parts=token_parts, masks=None if masks is None else masks.table(), mask_ids=mask_ids, **outcome._asdict())
   return batch, max(1, -(-len(plan) // part))

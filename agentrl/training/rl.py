@@ -18,7 +18,7 @@ from agentrl.training import rejected
 from agentrl.training.build import Parts, make_objective
 from agentrl.training.collect import Clock, Collector, group_ids
 from agentrl.training.optimizer import make_optimizer, schedule
-from agentrl.training.packing import TOKEN_PARTS, Outcome, pack, sequences_of
+from agentrl.training.packing import TOKEN_PARTS, MaskRows, Outcome, pack, sequences_of
 from agentrl.training.side import base as sides
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
@@ -53,13 +53,19 @@ class ReinforcementStage:
     self._rows = self._micro_batches * train.micro_rows
     self._mesh = mesh = parts.mesh if parts.mesh.size > 1 else None
     temperature = parts.config.rollout.temperature
-    self._update = make_update(parts.model, self._optimizer, self._objective, micro_batches=self._micro_batches,
-                               temperature=temperature, mesh=mesh, estimated=c.minibatches > 1)
-    self._estimate = make_estimate(self._objective)
-    self._score = make_score(parts.model, micro_batches=self._micro_batches, temperature=temperature, mesh=mesh)
+    self._mask_rows = train.mask_rows
+    self._make_steps()
     for side in self._sides.values():
       side.bind(sides.Setting(parts.model, self._micro_batches, temperature, mesh))
     self._store = parts.store('trajectories')
+
+  def _make_steps(self):
+    mesh = self._parts.mesh if self._parts.mesh.size > 1 else None
+    temperature = self._parts.config.rollout.temperature
+    self._update = make_update(self._parts.model, self._optimizer, self._objective, micro_batches=self._micro_batches,
+                               temperature=temperature, mesh=mesh, estimated=self._config.minibatches > 1)
+    self._estimate = make_estimate(self._objective)
+    self._score = make_score(self._parts.model, micro_batches=self._micro_batches, temperature=temperature, mesh=mesh)
 
   def begin(self, state: LearnerState, host: HostState) -> LearnerState:
     """Returns the state with a new optimiser and, if asked for, the present policy as the reference."""
@@ -139,9 +145,16 @@ class ReinforcementStage:
                       fill(kept.baseline_mask, bool), {name: part(name) for name in self._part_names})
     sequences = [s for s in sequences_of(trajectories, self._token_part_names, step)
                  if outcome.weights[s.trajectory] > 0]
+    constrained = self._parts.config.rollout.constrain
     batch, used = pack(sequences, outcome, rows=self._rows, row_length=self._parts.config.train.row_length,
                        channels=len(self._objective.channels), micro_batches=self._micro_batches,
-                       token_part_names=self._token_part_names, step=step)
+                       token_part_names=self._token_part_names, step=step,
+                       masks=MaskRows(self._parts.model.vocab_size, self._mask_rows) if constrained else None)
+    if constrained and len(batch.masks) > self._mask_rows:
+      logging.warning('A batch has more than train.mask_rows=%d distinct masks: its steps are compiled anew for %d',
+                      self._mask_rows, len(batch.masks))
+      self._mask_rows = len(batch.masks)
+      self._make_steps()
     to_come = {name: np.zeros(batch.tokens.shape, np.float32) for side in self._sides.values()
                for name in side.turn_names}
     return batch._replace(token_parts={**batch.token_parts, **to_come}), used

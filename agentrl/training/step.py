@@ -48,16 +48,15 @@ def make_update(config: ModelConfig, optimizer: optax.GradientTransformation, ob
 
   evaluate = meshes.under(mesh, transformer.evaluate)
 
-  def loss(params, micro: LossBatch):
+  def loss(params, micro: LossBatch, masks: jax.Array | None):
     got = evaluate(params, config, micro.tokens, micro.positions, micro.segment_ids, temperature=temperature,
-                   with_entropy=objective.needs_entropies)
+                   with_entropy=objective.needs_entropies, drawn_from=_drawn_from(masks, micro.mask_ids))
     value, metrics = objective.loss(objectives.PolicyOutputs(*got), micro)
     return value, _with_agreement(metrics, got.log_probs, micro)
 
-  grad_fn = jax.value_and_grad(loss, has_aux=True)
-
   @functools.partial(jax.jit, donate_argnums=0)
   def update(state: LearnerState, batch: TrainBatch, used: jax.Array):
+    grad_fn = jax.value_and_grad(functools.partial(loss, masks=batch.masks), has_aux=True)
     prepare = objective.weigh if estimated else objective.prepare
     parts = _spread(objectives.split_rows(prepare(batch, state.updates), micro_batches), mesh)
     if micro_batches == 1:
@@ -131,14 +130,15 @@ def make_score(config: ModelConfig, *, micro_batches: int, temperature: float = 
 
   @jax.jit
   def score(params: Params, batch: TrainBatch, used: jax.Array):
-    fields = (batch.tokens, batch.positions, batch.segment_ids, batch.loss_mask)
+    fields = (batch.tokens, batch.positions, batch.segment_ids, batch.loss_mask, batch.mask_ids)
     rows, length = batch.tokens.shape
     parts = _spread(jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(rows // micro_batches, micro_batches, length), 0, 1), fields), mesh)
 
     def one(i, out):
-      tokens, positions, segment_ids, mask = _part(parts, i)
-      got = evaluate(params, config, tokens, positions, segment_ids, temperature=temperature)
+      tokens, positions, segment_ids, mask, mask_ids = _part(parts, i)
+      got = evaluate(params, config, tokens, positions, segment_ids, temperature=temperature,
+                     drawn_from=_drawn_from(batch.masks, mask_ids))
       values = jnp.zeros_like(got.log_probs) if got.values is None else got.values
       new = jnp.where(mask, got.log_probs, 0.0), values
       return jax.tree.map(lambda o, n: jax.lax.dynamic_update_index_in_dim(o, n, i, 0), out, new)
@@ -151,7 +151,7 @@ def make_score(config: ModelConfig, *, micro_batches: int, temperature: float = 
 
 
 def put(batch: Any, mesh: jax.sharding.Mesh | None) -> Any:
-  """Returns a batch on the mesh: planes [B, T] and [C, B, T] split by rows, all else on every device.
+  """Returns a batch on the mesh: planes [B, T] and [C, B, T] split by rows, all else, masks too, on every device.
 
   With several processes each sends its devices their rows; all must have packed the same batch.
 
@@ -168,14 +168,16 @@ def put(batch: Any, mesh: jax.sharding.Mesh | None) -> Any:
                        'is not the same in all of them, such as the order of a set, the clock, or a random number '
                        'without a seed')
 
-  def place(x):
-    axes = {2: ('batch', None), 3: (None, 'batch', None)}.get(np.ndim(x), (None,) * np.ndim(x))
+  def place(path, x):
+    whole = (None,) * np.ndim(x)
+    planes = {2: ('batch', None), 3: (None, 'batch', None)}
+    axes = whole if jax.tree_util.keystr(path) == '.masks' else planes.get(np.ndim(x), whole)
     where = jax.sharding.NamedSharding(mesh, meshes.spec_of(axes, np.shape(x), mesh))
     if isinstance(x, jax.Array):
       return jax.device_put(x, where)
     return jax.make_array_from_callback(np.shape(x), where, lambda index: np.asarray(x)[index])
 
-  return jax.tree.map(place, batch)
+  return jax.tree_util.tree_map_with_path(place, batch)
 
 
 def _checksum(batch: Any) -> bytes:
@@ -185,6 +187,10 @@ def _checksum(batch: Any) -> bytes:
     if not isinstance(x, jax.Array):
       crc = zlib.crc32(np.ascontiguousarray(x), crc)
   return crc.to_bytes(4, 'big')
+
+
+def _drawn_from(masks: jax.Array | None, ids: jax.Array | None) -> transformer.DrawnFrom | None:
+  return None if masks is None else transformer.DrawnFrom(masks, ids)
 
 
 def _spread(parts: Any, mesh: jax.sharding.Mesh | None) -> Any:

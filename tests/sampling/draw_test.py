@@ -93,6 +93,40 @@ def test_truncated_draws_are_recorded_under_the_truncated_distribution(params):
   np.testing.assert_allclose(drawn.entropies, entropy, atol=1e-4)
 
 
+def allowed_of(size, ids):
+  out = np.zeros((ROWS, size), bool)
+  out[:, ids] = True
+  return out
+
+
+@pytest.mark.parametrize('params', [SamplingParams(), SamplingParams(temperature=2.0, top_k=6, top_p=0.8)], ids=str)
+def test_draws_from_a_set_follow_the_softmax_over_the_set(params):
+  logits = np.random.default_rng(7).normal(size=150) * 1.5
+  ids = np.asarray([3, 64, 65, 66, 100, 127, 128, 149])
+  keys = jax.random.split(jax.random.key(8), ROWS)
+  rows = np.tile(np.float32(logits), (ROWS, 1))
+  drawn = jax.device_get(jax.jit(functools.partial(draw, params=params))(rows, keys, allowed=allowed_of(150, ids)))
+  alone = np.full(150, -np.inf)
+  alone[ids] = logits[ids]
+  # The set first, then truncation within it.
+  same = jax.device_get(jitted(params)(np.tile(np.float32(alone), (ROWS, 1)), keys))
+  np.testing.assert_array_equal(drawn.tokens, same.tokens)
+  np.testing.assert_allclose(drawn.log_probs, same.log_probs, atol=1e-6)
+  np.testing.assert_allclose(drawn.entropies, same.entropies, atol=1e-6)
+  if params == SamplingParams():
+    check_counts(drawn.tokens, softmax(alone))
+
+
+def test_the_only_token_of_a_set_is_certain_at_any_temperature():
+  logits = np.random.default_rng(9).normal(size=(3, 100)).astype(np.float32)
+  allowed = np.arange(100)[None] == np.asarray([5, 64, 99])[:, None]
+  for temperature in (0.0, 0.1, 1.0):
+    params = SamplingParams(temperature=temperature)
+    drawn = jax.jit(functools.partial(draw, params=params))(logits, jax.random.split(jax.random.key(0), 3), allowed=allowed)
+    assert drawn.tokens.tolist() == [5, 64, 99]
+    np.testing.assert_allclose([drawn.log_probs, drawn.entropies], 0.0, atol=1e-6)
+
+
 def test_truncation_that_keeps_everything_changes_nothing():
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 10)))
   np.testing.assert_array_equal(truncate(logits, 0, 1.0), logits)

@@ -278,6 +278,29 @@ def test_text_is_encoded_as_transformers_does_and_comes_back(chat):
   assert tokenizer.pad_id == theirs.pad_token_id and tokenizer.end_id == theirs.eos_token_id
 
 
+def test_the_bytes_of_pieces_make_up_the_text(chat):
+  _, _, tokenizer, _ = chat
+  pieces = tokenizer.token_bytes()
+  for text in ('What is the sum?\n', 'ünïcode 🐍 \t', tokenizer.stops[0]):
+    ids = tokenizer.encode(text, allow_markers=True)
+    assert b''.join(pieces[i] for i in ids).decode() == text
+  assert len(pieces) == tokenizer.vocab_size
+
+
+def test_the_bytes_of_pieces_with_a_letter_for_the_blank():
+  blank = '\u2581'
+  model = tokenizers.Tokenizer(tokenizers.models.BPE(
+      {'<unk>': 0, '</s>': 1, '<0xF0>': 2, blank: 3, 'a': 4, blank + 'a': 5}, [(blank, 'a')], byte_fallback=True,
+      unk_token='<unk>'))
+  model.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace(blank, ' '), tokenizers.decoders.ByteFallback()])
+  model.add_special_tokens(['</s>'])
+  got = HFTokenizer(model.to_str(), settings={'eos_token': '</s>'}).token_bytes()
+  assert got == [b'<unk>', b'</s>', b'\xf0', b' ', b'a', b' a']
+  model.decoder = tokenizers.decoders.WordPiece()
+  with pytest.raises(ValueError, match='WordPiece'):
+    HFTokenizer(model.to_str(), settings={'eos_token': '</s>'}).token_bytes()
+
+
 def test_no_text_turns_into_a_marker(chat):
   _, _, tokenizer, template = chat
   everything = 'x'.join(tokenizer.markers)

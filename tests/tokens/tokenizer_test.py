@@ -52,6 +52,14 @@ def test_markers_are_single_ids_where_allowed(tokenizer):
   assert some == tokenizer.encode('<|user|>') + every[1:]
 
 
+@hypothesis.given(text=st.text(st.characters(exclude_categories=['Cs'])))
+def test_the_bytes_of_pieces_make_up_the_text(tokenizer, text):
+  pieces = tokenizer.token_bytes()
+  assert len(pieces) == tokenizer.vocab_size and pieces[tokenizer.pad_id] == b''
+  text += tokenizer.markers[0]
+  assert b''.join(pieces[i] for i in tokenizer.encode(text, allow_markers=True)).decode() == text
+
+
 def test_lone_surrogates_are_replaced(tokenizer):
   # UTF-8 cannot hold them; str.encode with errors='replace' writes '?'.
   assert tokenizer.decode(tokenizer.encode('a\ud800b')) == 'a?b'

@@ -111,6 +111,24 @@ def test_sequences_are_the_recorded_segments():
   assert got[1].log_probs[1] == -0.25 and np.isnan(got[1].log_probs[0])
 
 
+def test_sets_that_tokens_were_drawn_from_are_kept_once_and_found_by_index():
+  few, many = (5).to_bytes(8, 'little'), b'\xff' * 7 + b'\x7f'
+  segment = Segment()
+  segment.append_forced([5, 6], 0)
+  segment.append_sampled([7, 8, 9, 10], [-0.5] * 4, [0.1] * 4, 0, masks=[few, None, bytes(few), many])
+  trajectory = Trajectory(Task('t', 'tools', (), None), 0, 't', 0, segments=[segment])
+  outcome = packing.Outcome(np.zeros(1, np.int32), np.ones(1, np.float32), np.ones(1, np.float32), np.ones(1, bool))
+  make = lambda size: packing.pack(packing.sequences_of([trajectory]), outcome, rows=1, row_length=8,
+                                   masks=packing.MaskRows(70, size))[0]
+  batch = make(4)
+  # 70 tokens are three words; the tokenizer knew 64, and what it did not know is in no set.
+  assert batch.masks.shape == (4, 3) and batch.mask_ids.tolist() == [[0, 0, 1, 0, 1, 2, 0, 0]]
+  assert batch.masks.tolist()[:3] == [[0xFFFFFFFF] * 3, [5, 0, 0], [0xFFFFFFFF, 0x7FFFFFFF, 0]]
+  assert make(2).masks.shape == (4, 3)  # too small: doubled
+  plain = packing.pack(packing.sequences_of([trajectory]), outcome, rows=1, row_length=8)[0]
+  assert plain.masks is plain.mask_ids is None
+
+
 def _turns(trajectory, lengths, start=0, first=0):
   """Appends turns: one forced token and `length` sampled ones each."""
   segment = trajectory.segments[-1]

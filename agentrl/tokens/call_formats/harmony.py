@@ -9,6 +9,7 @@ from typing import Any, Mapping, Sequence
 
 from agentrl.core import types
 from agentrl.tokens import formats
+from agentrl.tokens import grammars
 
 _CALL = re.compile(r'<\|channel\|>commentary to=functions\.(\S+?)\s*(?:<\|constrain\|>\s*\w+|json)?\s*<\|message\|>'
                    r'(.*?)(?:<\|call\|>|<\|end\|>|<\|return\|>|\Z)', re.DOTALL)
@@ -68,3 +69,15 @@ class HarmonyFormat:
     """See `formats.CallFormat`."""
     signatures = '\n'.join(json.dumps({'type': 'function', 'function': dict(t)}) for t in tools)
     return (f'You may call functions on the commentary channel. Their signatures:\n{signatures}')
+
+  def grammar(self, tools: Sequence[Mapping[str, Any]], ids: Mapping[str, int]) -> grammars.TurnGrammar:
+    """See `formats.CallFormat`. Markers are their tokens: no text spells them out, not even within an argument."""
+    start, end, message, channel, constrain, call, _ = (grammars.token(m, ids) for m in _MARKERS)
+    text = grammars.without(_MARKERS)
+    names = [f'name_{i}: {grammars.literal(t["name"])} (" " {constrain}? "json")? {message} {grammars.json_arguments(t)}\n'
+             for i, t in enumerate(tools)]
+    turn = (f'start: TEXT? (({start} | {end} | {message} | {constrain}) TEXT? | {channel} (OTHER? | to))*\n'
+            f'to: "commentary to=functions." ({" | ".join(f"name_{i}" for i in range(len(tools)))}) {call} TEXT?\n'
+            f'TEXT: {text}\nOTHER: {text} & ~/commentary\\x20to=functions\\.(?s:.*)/\n{"".join(names)}')
+    guard = f'start: (TEXT | {" | ".join((start, end, message, channel, constrain, call))})*\nTEXT: {text}\n'
+    return grammars.TurnGrammar(turn, guard, _MARKERS[:-1])

@@ -8,6 +8,11 @@ from typing import Any, Mapping, Sequence
 
 from agentrl.core import types
 from agentrl.tokens import formats
+from agentrl.tokens import grammars
+
+
+# What `str.strip` takes for blank.
+_BLANK = r'\s\x1c-\x1f'
 
 
 @formats.FORMATS.register('llama3')
@@ -44,3 +49,11 @@ class Llama3Format:
     signatures = '\n'.join(json.dumps({'type': 'function', 'function': dict(t)}) for t in tools)
     return (f'You may call functions. Their signatures:\n{signatures}\n'
             'To call one, answer with nothing but\n{"name": <function>, "parameters": <object>}')
+
+  def grammar(self, tools: Sequence[Mapping[str, Any]], ids: Mapping[str, int]) -> grammars.TurnGrammar:
+    """See `formats.CallFormat`. A turn that begins as a call does is one: other text does not begin with a brace."""
+    del ids
+    tag = grammars.pattern(self.markers[0])
+    text = f'/[{_BLANK}]*([^{_BLANK}{{](?s:.*))?/ & ~/[{_BLANK}]*{tag}(?s:.*)/'
+    return grammars.TurnGrammar(f'start: TEXT? | {grammars.literal(self.markers[0])}? blank call blank\n'
+                                f'TEXT: {text}\n{grammars.json_calls(tools, arguments="parameters")}')

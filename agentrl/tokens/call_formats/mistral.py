@@ -8,6 +8,7 @@ from typing import Any, Mapping, Sequence
 
 from agentrl.core import types
 from agentrl.tokens import formats
+from agentrl.tokens import grammars
 
 _MARKER = '[TOOL_CALLS]'
 
@@ -54,3 +55,11 @@ class MistralFormat:
     signatures = json.dumps([{'type': 'function', 'function': dict(t)} for t in tools])
     return (f'You may call functions. Their signatures:\n{signatures}\n'
             f'Write calls as {_MARKER} [{{"name": <function>, "arguments": <object>}}]')
+
+  def grammar(self, tools: Sequence[Mapping[str, Any]], ids: Mapping[str, int]) -> grammars.TurnGrammar:
+    """See `formats.CallFormat`. Behind the list there is nothing but the turn's end."""
+    del ids
+    text = grammars.without(self.markers)
+    return grammars.TurnGrammar(
+        f'start: TEXT? | open blank "[" blank call (blank "," blank call)* blank "]" blank\n'
+        f'open[lazy]: OTHER {grammars.literal(_MARKER)}\nTEXT: {text}\nOTHER: {text}\n{grammars.json_calls(tools)}')
