@@ -174,6 +174,7 @@ class MaskTable:
       vocab_size: V, of the policy.
       width: W.
     """
+    self.everywhere: jax.sharding.Sharding | None = None  # on a mesh, of what the host is asked and answers
     self._vocab_size = vocab_size
     self._out = np.zeros((slots, width, words(vocab_size)), np.uint32)
     self.begin({})
@@ -199,7 +200,11 @@ class MaskTable:
     """
     asked = [counts[:, None], *([] if proposals is None else [proposals]), tokens]
     shape = jax.ShapeDtypeStruct(self._out.shape, jnp.uint32)
-    return unpack(jax.pure_callback(self._answer, shape, jnp.concatenate(asked, axis=1)), self._vocab_size)
+    masks = jax.pure_callback(self._answer, shape, self._spread(jnp.concatenate(asked, axis=1)))
+    return unpack(self._spread(masks), self._vocab_size)
+
+  def _spread(self, x: jax.Array) -> jax.Array:
+    return x if self.everywhere is None else jax.lax.with_sharding_constraint(x, self.everywhere)
 
   def _answer(self, asked: Any) -> np.ndarray:
     width = self._out.shape[1]

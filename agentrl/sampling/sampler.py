@@ -7,7 +7,7 @@ from typing import Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from agentrl.models.config import ModelConfig
@@ -136,6 +136,8 @@ class Sampler:
     """
     jit = functools.partial(jax.jit, out_shardings=where)
     self._where = where
+    if self.masks and where is not None:
+      self.masks.everywhere = NamedSharding(where.mesh, PartitionSpec())
     self._extend = jit(functools.partial(functions.extend, config=self.config), donate_argnums=1)
     self._fork = jit(functions.fork, donate_argnums=0)
     self._resize = jit(functions.resize, static_argnums=1)

@@ -60,12 +60,11 @@ class ReinforcementStage:
     self._store = parts.store('trajectories')
 
   def _make_steps(self):
-    mesh = self._parts.mesh if self._parts.mesh.size > 1 else None
-    temperature = self._parts.config.rollout.temperature
-    self._update = make_update(self._parts.model, self._optimizer, self._objective, micro_batches=self._micro_batches,
-                               temperature=temperature, mesh=mesh, estimated=self._config.minibatches > 1)
+    model, settings = self._parts.model, dict(
+        micro_batches=self._micro_batches, temperature=self._parts.config.rollout.temperature, mesh=self._mesh)
+    self._update = make_update(model, self._optimizer, self._objective, estimated=self._config.minibatches > 1, **settings)
     self._estimate = make_estimate(self._objective)
-    self._score = make_score(self._parts.model, micro_batches=self._micro_batches, temperature=temperature, mesh=mesh)
+    self._score = make_score(model, **settings)
 
   def begin(self, state: LearnerState, host: HostState) -> LearnerState:
     """Returns the state with a new optimiser and, if asked for, the present policy as the reference."""

@@ -131,6 +131,37 @@ def test_the_reference_is_the_policy_that_the_stage_began_with(tiny_config, tiny
   run.parts.close()
 
 
+def test_calls_under_a_grammar_are_valid_and_trained_on_as_they_were_drawn(tiny_config, tiny_workdir, quick_compile):
+  run = Run(tiny_config({**ALGORITHMS['ppo'], 'rl.minibatches': '1', 'rollout.constrain': 'true', 'train.mask_rows': '2',
+                         'rollout.speculate': '2', 'rollout.speculate_ngram': '1'}), tiny_workdir, 'rl')
+  add_scores = run.stage._add_scores
+  run.stage._add_scores = lambda *a: run.batches.append(jax.device_get(add_scores(*a))) or run.batches[-1]
+  metrics = run.step()
+  assert metrics['log_prob_gap_max'] < 1e-4 and metrics['policy/ratio_max'] == pytest.approx(1.0, abs=1e-4)
+  batch = run.batches[0]
+  trajectories = _trajectories(run.folder, 0)
+  for i, t in enumerate(trajectories):
+    [segment] = t.segments
+    rows = batch.masks[batch.mask_ids[batch.trajectory_ids == i]]
+    for mask, row, sampled in zip(segment.masks, rows, segment.sampled):
+      assert (mask is not None) == sampled
+      assert row[:len(mask or b'') // 4].tobytes() == (mask or b'')
+    assert not any(call.error for turn in t.turns if turn.stop_reason == 'stop' for call in turn.calls)
+  # There was room for one set; the steps were compiled anew for as many as there are.
+  assert run.stage._mask_rows == len(batch.masks) > 2
+  # What the reference says is of the same sets: the policy has not moved when it is asked.
+  np.testing.assert_allclose(batch.reference_log_probs[batch.loss_mask], batch.behaviour_log_probs[batch.loss_mask], atol=1e-4)
+  run.parts.close()
+
+
+def test_tools_that_no_grammar_is_made_for_are_refused_at_start(tiny_config, tiny_workdir, monkeypatch):
+  from agentrl.tools.calculator import Calculator
+  odd = {'type': 'object', 'properties': {'expression': {'type': 'string', 'enum': ['</calculator>']}}, 'required': ['expression']}
+  monkeypatch.setattr(Calculator, 'parameters', odd)
+  with pytest.raises(ValueError, match="tool 'calculator': none of .*</calculator>"):
+    build.build(tiny_config({'rollout.constrain': 'true'}), tiny_workdir)
+
+
 def test_a_batch_without_signal_is_skipped_and_counted(tiny_config, tiny_workdir, quick_compile):
   # With no weight on any part but one that is always 0 here, all rewards are equal.
   run = Run(tiny_config({'reward.weights.calls': '0.0'}), tiny_workdir, 'rl')
