@@ -1,7 +1,8 @@
 """Runs a config: `python -m agentrl.main --config=configs/quickstart.py --workdir=runs/quickstart`.
 
 Single settings are overridden by `--config.section.key=value`. Starting again with the same workdir goes on where the
-last checkpoint was made. configs/base.py lists every setting.
+last checkpoint was made. configs/base.py lists every setting. Of a run of several processes each is started so; see
+docs/pods.md.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import rich.console
 import rich.table
 
 from agentrl.core import command_line
+from agentrl.sharding import exchange
+from agentrl.sharding import processes
 from agentrl.training import loop
 from agentrl.viz import report
 
@@ -23,6 +26,9 @@ _CONFIG = flags.DEFINE_string('config', None, 'Config file; --config.section.key
                               'configs/base.py lists all keys.', required=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, metrics, trajectories, report.html. '
                                'A run that was stopped goes on.', required=True)
+_STOPPED = flags.DEFINE_integer('stopped_exit_code', 0, 'Exit code after SIGTERM or Ctrl-C, the state being saved; '
+                                'other than 0 for schedulers that start again only what has failed.')
+processes.define_flags()
 
 _BASE = pathlib.Path(__file__).resolve().parent.parent / 'configs' / 'base.py'
 
@@ -33,16 +39,18 @@ def main(config: ConfigDict) -> int:
     logging.set_verbosity(logging.WARNING)  # the libraries below say much at INFO
   console = rich.console.Console()
   try:
+    processes.start_from_flags()
     summary = loop.run(config, _WORKDIR.value, on_stage_end=report.write_report)
   except loop.Interrupted as stopped:
     console.print(f'agentrl: {stopped}')
-    return 0
-  except loop.RunError as error:
+    return _STOPPED.value
+  except (loop.RunError, processes.StartError) as error:
     logging.debug('Refused', exc_info=True)
     sys.stderr.write(f'agentrl: {error}\n')
     return 2
-  console.print(summary_table(summary))
-  console.print(f'Report: {pathlib.Path(_WORKDIR.value) / "report.html"}')
+  if exchange.is_first():
+    console.print(summary_table(summary))
+    console.print(f'Report: {pathlib.Path(_WORKDIR.value) / "report.html"}')
   return 0
 
 

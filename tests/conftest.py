@@ -12,6 +12,8 @@ import importlib.util
 import os
 import pathlib
 import shutil
+import socket
+import subprocess
 import sys
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -130,3 +132,38 @@ def tiny_policy():
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.TinyPolicy()
+
+
+class _Process(subprocess.Popen):
+  """A process of a run, with what it has said."""
+
+  def __init__(self, command, log, **settings):
+    self._log = log
+    with open(log, 'w', encoding='utf-8') as file:
+      super().__init__(command, stdout=file, stderr=subprocess.STDOUT, **settings)
+
+  def said(self):
+    return self._log.read_text(encoding='utf-8', errors='replace')
+
+
+@pytest.fixture(scope='module')
+def start_processes(tmp_path_factory):
+  """Returns a function that starts the processes of one run on fake CPU devices; none outlives its tests."""
+  started = []
+
+  def start(count, command, *, devices):
+    with socket.socket() as free:
+      free.bind(('localhost', 0))
+      address = f'localhost:{free.getsockname()[1]}'
+    shared = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'{_DEVICES}={devices}', 'PYTHONUNBUFFERED': '1',
+              'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': str(count)}
+    logs = tmp_path_factory.mktemp('processes')
+    fresh = [_Process(command, logs / f'{i}.log', cwd=_ROOT, env={**shared, 'JAX_PROCESS_ID': str(i)})
+             for i in range(count)]
+    started.extend(fresh)
+    return fresh
+
+  yield start
+  for process in started:
+    process.kill()
+    process.wait()

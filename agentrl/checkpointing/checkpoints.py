@@ -22,10 +22,11 @@ import zlib
 
 from absl import logging
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from agentrl.sharding import exchange
 
 _NAME = re.compile(r'step_(\d{8,})(?:\.(\d+))?')
 _CORRUPT = 'corrupt_'
@@ -88,8 +89,9 @@ class Checkpointer:
   def __enter__(self) -> Checkpointer:
     return self
 
-  def __exit__(self, *unused_exception):
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *unused_exception):
+    # Where this process has failed alone, the others are not waiting for it to say that it has saved.
+    self._close(agreed=kind is None or exchange.count() == 1)
 
   def steps(self) -> list[int]:
     """Returns the steps of the complete checkpoints, oldest first; looks at names only."""
@@ -115,12 +117,12 @@ class Checkpointer:
     leaves = _named_leaves(arrays)
     stored = {name: _storable(name, leaf) for name, leaf in leaves.items()}
     self.wait()
-    final = self._folder / self._free_name(step)
+    final = self._folder / exchange.gather(self._free_name(step).encode())[0].decode()
     temporary = self._folder / (_TEMPORARY + final.name)
-    if jax.process_index() == 0:
-      self._clear_unfinished()
-      temporary.mkdir(parents=True)
-    _barrier(f'checkpoint_folder_{final.name}')
+    with exchange.together():
+      if exchange.is_first():
+        self._clear_unfinished()
+        temporary.mkdir(parents=True)
     self._orbax.save(temporary / 'arrays', args=ocp.args.PyTreeSave(stored))
     manifest = {
         'step': int(step),
@@ -133,16 +135,20 @@ class Checkpointer:
       self.wait()
 
   def wait(self):
-    """Blocks until the last save is safe on disk; raises what it ran into."""
+    """Blocks until the last save is safe on disk; raises what it ran into, on whichever process."""
     pending, self._pending = self._pending, None
     if pending is not None:
-      pending.result()
-      _barrier('checkpoint_committed')
+      with exchange.together():
+        pending.result()
 
   def close(self):
     """Waits for the last save and ends the thread."""
+    self._close(agreed=True)
+
+  def _close(self, agreed: bool):
     try:
-      self.wait()
+      if agreed:
+        self.wait()
     finally:
       self._thread.shutdown()
       self._orbax.close()
@@ -165,10 +171,12 @@ class Checkpointer:
       CorruptCheckpointError: if there are checkpoints but none is sound.
     """
     self.wait()
-    path = self._newest_sound() if jax.process_index() == 0 else None
-    path = self._agree(path)
-    if path is None:
+    with exchange.together():
+      newest = self._newest_sound() if exchange.is_first() else None
+    chosen = exchange.gather(newest.name.encode() if newest else b'')[0].decode()
+    if not chosen:
       return None
+    path = self._folder / chosen
     manifest = _read_manifest(path)
     wanted = _named_leaves(template)
     _check_same_leaves(path, manifest['leaves'], wanted, partial)
@@ -194,7 +202,7 @@ class Checkpointer:
               manifest: dict[str, Any]):
     """Runs on the thread: waits for orbax, seals the folder and renames it."""
     self._orbax.wait_until_finished()
-    if jax.process_index() != 0:
+    if not exchange.is_first():
       return
     (temporary / 'host.json').write_text(host_text, encoding='utf-8')
     files = sorted(p for p in temporary.rglob('*') if p.is_file())
@@ -243,14 +251,6 @@ class Checkpointer:
           'from the beginning take another workdir or remove these folders.')
     return None
 
-  def _agree(self, path: pathlib.Path | None) -> pathlib.Path | None:
-    """Every process takes the checkpoint that process 0 has chosen."""
-    if jax.process_count() == 1:
-      return path
-    choice = np.asarray(_order(path) if path else (-1, -1), np.int32)
-    choice = tuple(int(x) for x in multihost_utils.broadcast_one_to_all(choice))
-    return next((p for p in self._complete() if _order(p) == choice), None)
-
 
 def _order(path: pathlib.Path) -> tuple[int, int]:
   step, version = _NAME.fullmatch(path.name).groups()
@@ -259,11 +259,6 @@ def _order(path: pathlib.Path) -> tuple[int, int]:
 
 def _step_of(path: pathlib.Path) -> int:
   return _order(path)[0]
-
-
-def _barrier(name: str):
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

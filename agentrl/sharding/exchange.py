@@ -38,6 +38,12 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
+def warm_up():
+  """Compiles what a long message needs."""
+  if count() > 1:
+    _gather_long(b'', [1] * count())
+
+
 def gather(value: bytes) -> list[bytes]:
   """Returns the value of every process, in their order; waits for the slowest."""
   if count() == 1:

@@ -93,6 +93,13 @@ def shardings(axes: Any, values: Any, mesh: Mesh, table: Mapping[str, str | tupl
                       is_leaf=lambda x: hasattr(x, 'shape'))
 
 
+def lay_out_on(mesh: Mesh | None, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+  """Returns an array, inside a jit, laid out on a given mesh by its logical axes; as it is without a mesh."""
+  if mesh is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(axes, x.shape, mesh)))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())

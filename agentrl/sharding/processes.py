@@ -24,6 +24,10 @@ _LOCAL_DEVICES = 'JAX_LOCAL_DEVICE_IDS'
 _SHUTDOWN_SECONDS = 30
 
 
+class StartError(ValueError):
+  """The processes of a run cannot be found or cannot meet, worded for whoever started it."""
+
+
 class Settings(NamedTuple):
   """One process among those of a run.
 
@@ -70,7 +74,7 @@ def start(mode: str = 'auto', **explicit: Any) -> Settings | None:
   Returns:
     Who this process is; None if it runs alone.
   Raises:
-    ValueError: see `settings`; also if the others cannot be reached.
+    StartError: see `settings`; also if the others cannot be reached.
   """
   found = settings(mode, **explicit)
   if found is None:
@@ -83,7 +87,7 @@ def start(mode: str = 'auto', **explicit: Any) -> Settings | None:
     jax.distributed.initialize(**found._asdict(), cluster_detection_method='deactivate',
                                shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
   except RuntimeError as error:
-    raise ValueError(f'process {found.process_id} of {found.num_processes} cannot join the others at '
+    raise StartError(f'process {found.process_id} of {found.num_processes} cannot join the others at '
                      f'{found.coordinator_address}: {error}') from error
   return found
 
@@ -103,10 +107,10 @@ def settings(mode: str = 'auto', *, coordinator_address: str | None = None, num_
     local_device_ids: Likewise.
     environ: Read instead of the environment, but by what jax knows of clusters.
   Raises:
-    ValueError: naming what is missing, or is not possible, and what would do.
+    StartError: naming what is missing, or is not possible, and what would do.
   """
   if mode not in MODES:
-    raise ValueError(f'distributed={mode!r} is none of {", ".join(MODES)}')
+    raise StartError(f'distributed={mode!r} is none of {", ".join(MODES)}')
   if mode == 'off':
     return None
   environ = os.environ if environ is None else environ
@@ -117,10 +121,14 @@ def settings(mode: str = 'auto', *, coordinator_address: str | None = None, num_
   local = None if local_device_ids is None else tuple(_whole('local_device_ids', i) for i in local_device_ids)
   missing = [name for name, value in given.items() if value is None]
   if missing:
-    cluster = _cluster()
-    if cluster is None or (mode == 'auto' and cluster.get_process_count() == 1 and len(missing) == len(given)):
-      return _alone(mode, missing, len(missing) == len(given))
-    given, told = _ask(cluster, given)
+    try:
+      cluster = _cluster()
+      if cluster is None or (mode == 'auto' and cluster.get_process_count() == 1 and len(missing) == len(given)):
+        return _alone(mode, missing, len(missing) == len(given))
+      given, told = _ask(cluster, given)
+    except (RuntimeError, OSError, LookupError) as error:
+      raise StartError(f'this seems to be part of a cluster, which does not tell which part: {error}. Give all of '
+                       '--coordinator_address, --num_processes and --process_id, or --distributed=off') from error
     local = local or told
   return _checked(Settings(**given, local_device_ids=local))
 
@@ -129,7 +137,7 @@ def _alone(mode: str, missing: list[str], nothing_given: bool) -> None:
   if nothing_given and mode == 'auto':
     return
   named = ', '.join(f'--{name} ({_EXPLICIT[name]})' for name in missing)
-  raise ValueError(f'the processes of the run cannot be found: no cluster that jax knows tells, and {named} is not '
+  raise StartError(f'the processes of the run cannot be found: no cluster that jax knows tells, and {named} is not '
                    'given. Give all of --coordinator_address, --num_processes and --process_id, or --distributed=off')
 
 
@@ -143,7 +151,7 @@ def _whole(name: str, value: Any) -> int:
   try:
     return int(value)
   except ValueError:
-    raise ValueError(f'{name}={value!r} is no whole number') from None
+    raise StartError(f'{name}={value!r} is no whole number') from None
 
 
 def _cluster() -> Any:
@@ -173,10 +181,10 @@ def _ask(cluster: Any, given: dict[str, Any]) -> tuple[dict[str, Any], tuple[int
 def _checked(found: Settings) -> Settings | None:
   host, _, port = found.coordinator_address.rpartition(':')
   if not host or not port.isdigit():
-    raise ValueError(f'coordinator_address={found.coordinator_address!r} is no host:port, such as 10.0.0.1:8476')
+    raise StartError(f'coordinator_address={found.coordinator_address!r} is no host:port, such as 10.0.0.1:8476')
   if found.num_processes < 1:
-    raise ValueError(f'num_processes={found.num_processes} must be at least 1')
+    raise StartError(f'num_processes={found.num_processes} must be at least 1')
   if not 0 <= found.process_id < found.num_processes:
-    raise ValueError(f'process_id={found.process_id} must be between 0 and {found.num_processes - 1}, as '
+    raise StartError(f'process_id={found.process_id} must be between 0 and {found.num_processes - 1}, as '
                      f'num_processes={found.num_processes}')
   return found if found.num_processes > 1 else None

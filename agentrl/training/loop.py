@@ -9,10 +9,10 @@ import os
 import pathlib
 import signal
 import time
+import uuid
 from typing import Any, Callable, Iterator
 
 from absl import logging
-import jax
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -22,6 +22,8 @@ from agentrl.core.registry import UnknownNameError
 from agentrl.metrics.progress import Progress
 from agentrl.metrics.timing import CompileCounter
 from agentrl.metrics.writers import MetricsWriter
+from agentrl.sharding import exchange
+from agentrl.sharding import mesh as meshes
 from agentrl.training import demonstrations
 from agentrl.training import rejected
 from agentrl.training.build import Parts, TOKENIZER_NAME, build
@@ -29,9 +31,12 @@ from agentrl.training.init_from import load_params
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
 
-# Settings that may differ when a run goes on: they do not change what was done so far.
-CHANGEABLE = ('stages', 'sft.steps', 'rl.steps', 'rl.trajectories_every', 'eval.', 'checkpoint.', 'report')
+# Settings that may differ when a run goes on: they do not change what was done so far, or on which devices it is done.
+CHANGEABLE = ('stages', 'sft.steps', 'rl.steps', 'rl.trajectories_every', 'eval.', 'checkpoint.', 'report', 'mesh.',
+              'rollout.mesh', 'rollout.slots')
 MAX_REJECTED = 3
+# How long a file that another process wrote may take to be seen, seconds.
+_VISIBLE_SECONDS = 30
 
 
 class RunError(RuntimeError):
@@ -46,35 +51,43 @@ def run(config: ConfigDict, workdir: str | os.PathLike,
         on_stage_end: Callable[[pathlib.Path], Any] | None = None) -> dict[str, Any]:
   """Runs a config's stages to their end and returns the summary, also written to summary.json.
 
-  Starting again in the same workdir goes on where the last checkpoint was made. Blocks.
+  Starting again in the same workdir goes on where the last checkpoint was made. Blocks. Where several processes are one
+  run, see `agentrl.sharding.processes`, each calls it; the first one writes, all return the same.
 
   Args:
     config: See configs/base.py.
-    workdir: The run's folder, made if missing.
+    workdir: The run's folder, made if missing; one that all processes see.
     on_stage_end: Called with the workdir when a stage has ended, if the config wants a report.
   Raises:
     RunError: if the workdir cannot be used, is in use, or belongs to another config, or a part of the run refuses
       its settings or its data.
-    Interrupted: after SIGTERM or SIGINT, with the state saved.
+    Interrupted: after SIGTERM or SIGINT to any of the processes, with the state saved.
   """
   workdir = pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
-    stack.enter_context(_claimed(workdir))
+    with _refusals(), exchange.together():
+      if exchange.is_first():
+        stack.enter_context(_claimed(workdir))
     stop = stack.enter_context(_StopSignals())
     compiles = stack.enter_context(CompileCounterContext())
     started = time.perf_counter()
     with _refusals():
+      exchange.warm_up()
+      _check_shared(workdir)
       checkpointer = stack.enter_context(
           Checkpointer(workdir / 'checkpoints', keep=config.checkpoint.keep))
-      _check_same_config(config, workdir, bool(checkpointer.steps()))
-      parts = stack.enter_context(contextlib.closing(build(config, workdir)))
-      stages = [_make_stage(parts, text) for text in config.stages]
+      with exchange.together():
+        if exchange.is_first():
+          _check_same_config(config, workdir, bool(checkpointer.steps()))
+      parts = stack.enter_context(contextlib.closing(exchange.in_turn(lambda: build(config, workdir))))
+      with exchange.together():
+        stages = [_make_stage(parts, text) for text in config.stages]
       loop = _Loop(parts, checkpointer, stages, stop, compiles, started, on_stage_end)
     return loop.run()
 
 
 class _Loop:
-  """One process's part of a run."""
+  """A run, or one process's part of it: all do the same steps, the first one writes of them."""
 
   def __init__(self, parts: Parts, checkpointer: Checkpointer, stages: list[tuple[str, str, Any]],
                stop: _StopSignals, compiles: CompileCounter, started: float,
@@ -89,14 +102,14 @@ class _Loop:
 
   def _restore_or_start(self) -> tuple[LearnerState, HostState]:
     """Returns the state to go on from; between stages it is bare, see `_bare`."""
-    bare = _bare(self._parts.init_params())
+    bare = self._everywhere(_bare(self._parts.init_params()))
     found = self._checkpointer.restore({}, partial=True)
     if found is None:
       folder = self._config.checkpoint.init_from
-      return (_bare(load_params(folder, bare.params)) if folder else bare), HostState()
+      return (self._everywhere(_bare(load_params(folder, bare.params))) if folder else bare), HostState()
     host = HostState(**found.host)
     # `begin` tells the shape of a stage's state; its values are overwritten.
-    template = self._stage(host).begin(bare, HostState()) if host.stage_step else bare
+    template = self._everywhere(self._stage(host).begin(bare, HostState())) if host.stage_step else bare
     restored = self._checkpointer.restore(template)
     logging.warning('Going on from step %d in %s', restored.step, self._parts.workdir)
     return restored.arrays, HostState(**restored.host)
@@ -104,28 +117,29 @@ class _Loop:
   def _stage(self, host: HostState) -> Any:
     return self._stages[host.stage][2]
 
+  def _everywhere(self, state: LearnerState) -> LearnerState:
+    return meshes.on_run(state, self._parts.mesh)
+
   # ---- stages and steps ------------------------------------------------------------------------
 
   def run(self) -> dict[str, Any]:
     """Runs what is left."""
     host = self.host
     self._add_seconds('setup', time.perf_counter() - self._started)
-    with MetricsWriter(self._parts.workdir, start_step=host.step) as writer, Progress() as progress:
+    with _Log(self._parts.workdir, host.step) if exchange.is_first() else _NoLog() as log:
       while host.stage < len(self._stages):
         kind, name, stage = self._stages[host.stage]
-        progress.stage(kind if kind == name else f'{kind} {name}', total=stage.steps, start=host.stage_step)
+        log.stage(kind if kind == name else f'{kind} {name}', stage.steps, host.stage_step)
         if host.stage_step == 0:
-          self.state = stage.begin(self.state, host)
+          self.state = self._everywhere(stage.begin(self.state, host))
         if host.stage_step < stage.steps:
           self._timed('compile', stage.warm_up, self.state)
-          self._compiles.mark()
         while host.stage_step < stage.steps:
           metrics = self._step(kind, name, stage)
           # Lines come before the state they lead to, and after the one they came from is safe: a kill leaves no hole
           # in metrics.jsonl and costs one finished step at most.
           metrics['seconds/checkpoint'] = self._timed('checkpoint', self._checkpointer.wait)
-          writer.write(host.step - 1, kind, metrics)
-          progress.update(host.stage_step, metrics)
+          log.step(host.step - 1, kind, host.stage_step, metrics)
           self._save_or_stop(stage)
         self._end_stage()
     self._write_summary()
@@ -134,6 +148,7 @@ class _Loop:
   def _step(self, kind: str, name: str, stage: Any) -> dict[str, Any]:
     host = self.host
     started = time.perf_counter()
+    self._compiles.mark()  # The first save compiles too, where several processes write parts of it.
     self.state, metrics = stage.step(self.state, host)
     host.step += 1
     host.stage_step += 1
@@ -141,7 +156,6 @@ class _Loop:
       logging.warning('Compiled after warm-up: %s', self._compiles.names)
       host.totals['compilations_after_warmup'] = (
           host.totals.get('compilations_after_warmup', 0) + self._compiles.count)
-      self._compiles.mark()
     if host.stage_step == stage.steps:
       host.results.setdefault(name, {}).update(stage.result(host))
     metrics['seconds'] = time.perf_counter() - started
@@ -150,7 +164,7 @@ class _Loop:
 
   def _save_or_stop(self, stage: Any):
     """Saves if it is time to, and ends the run if it was asked to or cannot go on."""
-    host, asked = self.host, self._stop.asked
+    host, asked = self.host, exchange.any_process(self._stop.asked)
     failed = host.rejected_in_a_row >= MAX_REJECTED
     due = host.stage_step % self._config.checkpoint.every == 0 or host.stage_step == stage.steps
     if due or asked or failed:
@@ -169,7 +183,12 @@ class _Loop:
     self._timed('checkpoint', self._save, False)
     self._write_summary()
     if self._config.report and self._on_stage_end:
-      self._timed('report', self._on_stage_end, self._parts.workdir)
+      self._timed('report', self._report)
+
+  def _report(self):
+    if exchange.is_first():
+      self._on_stage_end(self._parts.workdir)
+    exchange.wait()
 
   def _save(self, wait: bool):
     self._checkpointer.save(self.host.step, self.state, self.host.to_json(), wait=wait)
@@ -212,7 +231,39 @@ class _Loop:
     }
 
   def _write_summary(self):
-    _replace(self._parts.workdir / 'summary.json', json.dumps(self._summary(), indent=2) + '\n')
+    if exchange.is_first():
+      _replace(self._parts.workdir / 'summary.json', json.dumps(self._summary(), indent=2) + '\n')
+
+
+class _Log(contextlib.ExitStack):
+  """What a run says of its steps: metrics on disk, and progress for whoever watches."""
+
+  def __init__(self, workdir: pathlib.Path, start_step: int):
+    super().__init__()
+    self._writer = self.enter_context(MetricsWriter(workdir, start_step=start_step))
+    self._progress = self.enter_context(Progress())
+
+  def stage(self, name: str, total: int, done: int):
+    """Begins a stage."""
+    self._progress.stage(name, total=total, start=done)
+
+  def step(self, step: int, kind: str, done: int, metrics: dict[str, Any]):
+    """Notes a step, the `done`th of its stage."""
+    self._writer.write(step, kind, metrics)
+    self._progress.update(done, metrics)
+
+
+class _NoLog(contextlib.nullcontext):
+  """The same, of a process that says nothing."""
+
+  def __enter__(self) -> _NoLog:
+    return self
+
+  def stage(self, *unused_stage):
+    """Says nothing."""
+
+  def step(self, *unused_step):
+    """Says nothing."""
 
 
 def _bare(params: Any) -> LearnerState:
@@ -283,6 +334,22 @@ def _claimed(workdir: pathlib.Path) -> Iterator[None]:
       raise RunError(f'another process is running in {workdir}; wait for it, stop it, or pass another '
                      '--workdir') from error
     yield
+
+
+def _check_shared(workdir: pathlib.Path):
+  """Refuses a workdir that is not the same folder for all processes."""
+  mark = workdir / '.processes'
+  with exchange.together():
+    if exchange.is_first() and exchange.count() > 1:
+      mark.write_text(uuid.uuid4().hex)
+  written = exchange.gather(mark.read_bytes() if exchange.is_first() and exchange.count() > 1 else b'')[0]
+  with exchange.together():
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while written and not (mark.exists() and mark.read_bytes() == written):
+      if time.monotonic() > deadline:
+        raise ValueError(f'the workdir {workdir} is not the one that process 0 has: it must lie on a file system that '
+                         'all processes share')
+      time.sleep(0.1)
 
 
 def _check_same_config(config: ConfigDict, workdir: pathlib.Path, begun: bool):

@@ -80,6 +80,8 @@ class ReinforcementStage:
     if self._config.minibatches > 1:
       self._estimate = self._estimate.lower([batch] * self._config.minibatches, np.int32(0)).compile()
     batch = put(batch, self._mesh)
+    if self._config.minibatches > 1:
+      exchange.to_host(batch)
     self._update = self._update.lower(state, batch, np.int32(used)).compile()
     if self._needs_scores:
       self._score = self._score.lower(state.params, batch, np.int32(used)).compile()

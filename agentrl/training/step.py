@@ -145,7 +145,8 @@ def make_score(config: ModelConfig, *, micro_batches: int, temperature: float = 
 
     zeros = jnp.zeros(parts[0].shape, jnp.float32)
     out = jax.lax.fori_loop(0, used, one, (zeros, zeros))
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(rows, length), out)
+    whole = lambda x: jnp.swapaxes(x, 0, 1).reshape(rows, length)
+    return jax.tree.map(lambda x: meshes.lay_out_on(mesh, whole(x), ('batch', None)), out)
 
   return score
 
@@ -174,7 +175,7 @@ def put(batch: Any, mesh: jax.sharding.Mesh | None) -> Any:
     axes = whole if jax.tree_util.keystr(path) == '.masks' else planes.get(np.ndim(x), whole)
     where = jax.sharding.NamedSharding(mesh, meshes.spec_of(axes, np.shape(x), mesh))
     if isinstance(x, jax.Array):
-      return jax.device_put(x, where)
+      return x if x.sharding.is_equivalent_to(where, x.ndim) else jax.device_put(x, where)
     return jax.make_array_from_callback(np.shape(x), where, lambda index: np.asarray(x)[index])
 
   return jax.tree_util.tree_map_with_path(place, batch)
@@ -195,14 +196,7 @@ def _drawn_from(masks: jax.Array | None, ids: jax.Array | None) -> transformer.D
 
 def _spread(parts: Any, mesh: jax.sharding.Mesh | None) -> Any:
   """Splits the rows, axis 1, of every leaf [micro-batches, rows, ...] over the mesh's batch axes."""
-  if mesh is None:
-    return parts
-
-  def constrain(x):
-    spec = meshes.spec_of((None, 'batch') + (None,) * (x.ndim - 2), x.shape, mesh)
-    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
-
-  return jax.tree.map(constrain, parts)
+  return jax.tree.map(lambda x: meshes.lay_out_on(mesh, x, (None, 'batch') + (None,) * (x.ndim - 2)), parts)
 
 
 def lay_out(tree: Any, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> Any:
@@ -215,9 +209,7 @@ def lay_out(tree: Any, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> A
   def constrain(path, x):
     ends = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))
     axes = next((table[e] for e in ends if e in table), ())
-    axes = axes if len(axes) == x.ndim else (None,) * x.ndim
-    spec = meshes.spec_of(axes, x.shape, mesh)
-    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
+    return meshes.lay_out_on(mesh, x, axes if len(axes) == x.ndim else (None,) * x.ndim)
 
   return jax.tree_util.tree_map_with_path(constrain, tree)
 

@@ -116,7 +116,7 @@ def make_outputs(outputs: Outputs, *, micro_batches: int, mesh: jax.sharding.Mes
       return jax.lax.dynamic_update_index_in_dim(out, values, i, 0)
 
     out = jax.lax.fori_loop(0, used, one, jnp.zeros(parts['tokens'].shape, jnp.float32))
-    return jnp.swapaxes(out, 0, 1).reshape(planes['tokens'].shape)
+    return meshes.lay_out_on(mesh, jnp.swapaxes(out, 0, 1).reshape(planes['tokens'].shape), ('batch', None))
 
   return evaluate
 
@@ -126,10 +126,7 @@ def replicated(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
 
   Left to the compiler, each of the sums over a few thousand tokens would be a collective of its own.
   """
-  if mesh is None:
-    return tree
-  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(jnp.asarray(x), everywhere), tree)
+  return jax.tree.map(lambda x: meshes.lay_out_on(mesh, jnp.asarray(x), (None,) * jnp.ndim(x)), tree)
 
 
 def _cut(planes: dict[str, Any], micro_batches: int, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
@@ -137,9 +134,6 @@ def _cut(planes: dict[str, Any], micro_batches: int, mesh: jax.sharding.Mesh | N
   def cut(x):
     x = jnp.asarray(x)
     x = jnp.swapaxes(x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]), 0, 1)
-    if mesh is None:
-      return x
-    spec = meshes.spec_of((None, 'batch') + (None,) * (x.ndim - 2), x.shape, mesh)
-    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
+    return meshes.lay_out_on(mesh, x, (None, 'batch') + (None,) * (x.ndim - 2))
 
   return {name: cut(x) for name, x in planes.items()}

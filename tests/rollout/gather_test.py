@@ -1,6 +1,6 @@
 """Tests of how groups are divided between processes, and of what a trajectory is like after it was sent.
 
-What two processes gather is tested where two are started, in tests/training/processes_test.py.
+What two processes gather is tested where two are started, in tests/training/several_processes_test.py.
 """
 
 from __future__ import annotations
