@@ -96,21 +96,7 @@ class ReinforcementStage:
     """Does one step; an update whose batch carries no signal is skipped and counted."""
     metrics: dict[str, Any] = {}
     clock = Clock(metrics)
-    trajectories, kept = self._collector.collect(state.params, host, metrics, clock)
-    metrics.update(summarize([t for t in trajectories if not (t.rewards.get(REPLAYED) or t.loss_from)]))
-    metrics['signal_groups'] = _groups_with_signal(trajectories)
-    batches, tokens = [], 0
-    for part in _minibatches(trajectories, self._config.minibatches):
-      batch, used = self._pack([trajectories[i] for i in part], Selection(*(x[part] for x in kept)), host.stage_step)
-      signal = self._has_signal(batch)
-      if signal:
-        tokens += self._config.epochs * int((batch.segment_ids > 0).sum())
-        batch = self._add_scores(state, put(batch, self._mesh), used)
-        state, batch = self._ask_sides(state, batch, used, host, metrics)
-      else:
-        metrics['skipped_batches'] = metrics.get('skipped_batches', 0) + 1
-      batches.append((batch, used, signal))
-    batches = self._estimated(state, batches)
+    state, trajectories, batches = self.prepare(state, host, metrics, clock)
     scalars = []
     for _ in range(self._config.epochs):
       for batch, used in batches:
@@ -119,13 +105,37 @@ class ReinforcementStage:
     metrics.update(_update_metrics([jax.device_get(s) for s in scalars]))
     self._check(host, metrics, [batch for _ in range(self._config.epochs) for batch, _ in batches])
     clock.lap('update')
-    metrics['tokens_per_second/update'] = tokens / max(1e-9, metrics['seconds/update'])
-    metrics['trained_tokens'] = tokens
+    metrics['tokens_per_second/update'] = metrics['trained_tokens'] / max(1e-9, metrics['seconds/update'])
     self._collector.save(host)
     if host.stage_step % self._config.trajectories_every == 0 or host.stage_step == self.steps - 1:
       self._store.write(host.step, trajectories, {'advantages': _advantages(trajectories)})
     clock.lap('store')
     return state, metrics
+
+  def prepare(self, state: LearnerState, host: HostState, metrics: dict[str, Any],
+              clock: Clock) -> tuple[LearnerState, list[Trajectory], list[tuple[TrainBatch, int]]]:
+    """Does all of a step but its updates.
+
+    Returns:
+      The state, in which only what is trained beside the policy has changed; the trajectories; and the batches to update
+      on, their groups in the order in which they first occur among those, each with the number of its micro-batches that
+      hold anything, and, if there are several, with their advantages.
+    """
+    trajectories, kept = self._collector.collect(state.params, host, metrics, clock)
+    metrics.update(summarize([t for t in trajectories if not (t.rewards.get(REPLAYED) or t.loss_from)]))
+    metrics['signal_groups'] = _groups_with_signal(trajectories)
+    metrics['trained_tokens'], batches = 0, []
+    for part in _minibatches(trajectories, self._config.minibatches):
+      batch, used = self._pack([trajectories[i] for i in part], Selection(*(x[part] for x in kept)), host.stage_step)
+      signal = self._has_signal(batch)
+      if signal:
+        metrics['trained_tokens'] += self._config.epochs * int((batch.segment_ids > 0).sum())
+        batch = self._add_scores(state, put(batch, self._mesh), used)
+        state, batch = self._ask_sides(state, batch, used, host, metrics)
+      else:
+        metrics['skipped_batches'] = metrics.get('skipped_batches', 0) + 1
+      batches.append((batch, used, signal))
+    return state, trajectories, self._estimated(state, batches)
 
   def result(self, host: HostState) -> dict[str, Any]:
     """Nothing: what it is worth the evaluation after it says."""
