@@ -110,7 +110,7 @@ def main():
   jax.config.update('jax_compilation_cache_dir', str(options.runs / 'compiled'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   cold_start, console = options.runs / methods.COLD_START, rich.console.Console()
-  methods.make_cold_start(cold_start, console)
+  methods.make_cold_start(cold_start, console, methods.known_keys(_ROOT / 'experiments' / 'methods' / 'results'))
   options.out.mkdir(parents=True, exist_ok=True)
   for seed in map(int, options.seeds.split(',')):
     for setting in options.settings.split(','):
