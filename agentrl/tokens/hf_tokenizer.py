@@ -166,7 +166,7 @@ class HFTokenizer:
     Raises:
       ValueError: if the decoder is neither byte-level nor one of pieces with a letter for the blank.
     """
-    decoder = json.dumps(json.loads(self._model).get('decoder'))
+    decoder = json.dumps(json.loads(self._model).get('decoder'), ensure_ascii=False)
     if 'ByteLevel' not in decoder and _BLANK not in decoder and 'Metaspace' not in decoder:
       raise ValueError(f'the bytes of pieces are not known for the decoder {decoder}')
     plain = self._plain.get_vocab(with_added_tokens=False)
