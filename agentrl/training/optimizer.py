@@ -46,7 +46,8 @@ def make_optimizer(name: str, learning_rate: Any, *, weight_decay: float = 0.0, 
   """Returns an optimiser with gradient clipping by global norm; of a policy with adapters, it moves those alone.
 
   Args:
-    name: 'adamw', or 'muon' for the matrices of the layers with adamw for the rest.
+    name: 'adamw'; 'muon' for the matrices of the layers with adamw for the rest; or 'adafactor', whose second moments of
+      a matrix are one number a row and one a column, and which has no first ones.
     learning_rate: A number or a schedule.
     weight_decay: Decoupled.
     max_grad_norm: Gradients with a larger norm are scaled down to it; 0 for no clipping.
@@ -55,7 +56,8 @@ def make_optimizer(name: str, learning_rate: Any, *, weight_decay: float = 0.0, 
     adam_scale: Muon only: Adam's learning rate divided by Muon's.
   Raises:
     ValueError: if the name is unknown.
-  Source: Muon, Jordan et al. 2024, as in `optax.contrib`.
+  Source: Muon, Jordan et al. 2024, as in `optax.contrib`; Adafactor, Shazeer and Stern, arXiv 1804.04235, with the
+    decay of AdamW and without scaling by the parameters' size.
   """
   if name == 'adamw':
     update = optax.adamw(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay)
@@ -65,8 +67,11 @@ def make_optimizer(name: str, learning_rate: Any, *, weight_decay: float = 0.0, 
         rate, weight_decay=weight_decay, adam_b1=b1, adam_b2=b2, adam_weight_decay=weight_decay,
         adam_learning_rate=lambda count: adam_scale * rate(count), muon_weight_dimension_numbers=_muon_dimensions,
         consistent_rms=0.2)
+  elif name == 'adafactor':
+    update = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0),
+                         optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate))
   else:
-    raise ValueError(f'optimiser {name!r} is unknown; known: adamw, muon')
+    raise ValueError(f'optimiser {name!r} is unknown; known: adafactor, adamw, muon')
   update = optax.chain(optax.clip_by_global_norm(max_grad_norm), update) if max_grad_norm else update
   return lora.for_policy(update)
 

@@ -43,7 +43,7 @@ def test_a_stage_shorter_than_its_warmup_still_has_a_schedule():
 def test_unknown_names_are_refused_with_the_known_ones():
   with pytest.raises(ValueError, match="schedule 'cosin' is unknown; known: constant, linear"):
     schedule('cosin', 1.0, 10, 0)
-  with pytest.raises(ValueError, match="optimiser 'adam' is unknown; known: adamw, muon"):
+  with pytest.raises(ValueError, match="optimiser 'adam' is unknown; known: adafactor, adamw, muon"):
     make_optimizer('adam', 1e-3)
 
 
@@ -59,7 +59,7 @@ def _updates(name, **options):
   return params, grads, updates
 
 
-@pytest.mark.parametrize('name', ['adamw', 'muon'])
+@pytest.mark.parametrize('name', ['adamw', 'muon', 'adafactor'])
 def test_updates_have_the_shapes_of_the_parameters(name):
   params, _, updates = _updates(name)
   assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
@@ -70,6 +70,18 @@ def test_adamw_moves_every_parameter_by_the_learning_rate_at_first():
   _, grads, updates = _updates('adamw', max_grad_norm=0.0)
   for update, grad in zip(jax.tree.leaves(updates), jax.tree.leaves(grads)):
     np.testing.assert_allclose(update, -0.1 * np.sign(grad), rtol=1e-3)
+
+
+def test_adafactor_divides_a_gradient_by_its_rows_and_columns_and_keeps_no_more_than_those():
+  # The first update of a gradient u v^T, which rows and columns describe wholly, is its sign times the rate.
+  rng = np.random.default_rng(0)
+  grad = {'w': jnp.asarray(np.outer(rng.normal(size=160), rng.normal(size=130)), jnp.float32)}
+  params = {'w': jnp.full((160, 130), 2.0)}
+  optimizer = make_optimizer('adafactor', 0.1, max_grad_norm=0.0, weight_decay=0.5)
+  state = optimizer.init(params)
+  assert sum(x.size for x in jax.tree.leaves(state)) < 1_000
+  updates, _ = optimizer.update(grad, state, params)
+  np.testing.assert_allclose(updates['w'], -0.1 * (np.sign(grad['w']) + 0.5 * 2.0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('leaf, rows', [
