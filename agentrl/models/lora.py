@@ -52,6 +52,22 @@ def for_policy(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
       lambda updates, state, params=None: of(params).update(updates, state, params))
 
 
+def snapshot(params: Params) -> Params:
+  """Returns a copy of what training changes of a policy: its adapters, if it has any, else all of it.
+
+  For a reference policy: frozen weights are the same in both, and stay where they are.
+  """
+  kept = {'layers': {'lora': params['layers']['lora']}} if 'lora' in params['layers'] else params
+  return jax.tree.map(lambda x: x.copy(), kept)
+
+
+def restored(params: Params, kept: Params) -> Params:
+  """Returns the policy that `snapshot` was taken of, for log-probs; of two policies only what differs is held twice."""
+  if set(kept) != {'layers'}:
+    return kept
+  return {**params, 'layers': {**params['layers'], **kept['layers']}}
+
+
 def merge(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
   """Returns the policy without adapters that computes the same: weight + alpha / rank * a @ b.
 

@@ -15,7 +15,7 @@ from agentrl.algorithms import preference as preferences
 from agentrl.core import registry
 from agentrl.core.types import Iteration, TrainBatch, Trajectory
 from agentrl.data.iterator import TaskIterator
-from agentrl.models import transformer
+from agentrl.models import lora, transformer
 from agentrl.rollout import gather
 from agentrl.rollout.engine import EngineStats, Job
 from agentrl.rollout.summary import summarize
@@ -79,14 +79,14 @@ class PreferenceStage:
   def begin(self, state: LearnerState, host: HostState) -> LearnerState:
     """Returns the state with a new optimiser and, if it is kept, the present policy as the reference."""
     host.cursor = self._iterator.start()
-    copied = lambda: jax.tree.map(lambda x: x.copy(), state.params)
     side = {}
     if self._mix is not None:
       key = jax.random.fold_in(jax.random.key(self._parts.config.seed), len(self._mix))
       head = state.params['head']
       noise = HEAD_NOISE * jax.random.normal(key, (len(self._mix), *head.shape), head.dtype)
       side['heads'] = head[None] + noise
-    state = LearnerState(state.params, {}, np.int32(0), copied() if self._keeps_reference else None, side)
+    reference = lora.snapshot(state.params) if self._keeps_reference else None
+    state = LearnerState(state.params, {}, np.int32(0), reference, side)
     return state._replace(opt_state=self._optimizer.init(_trained(state)))
 
   def warm_up(self, state: LearnerState):
@@ -97,7 +97,7 @@ class PreferenceStage:
     batch, found = put((batch, found), self._mesh)
     self._update = self._update.lower(state, batch, found, np.int32(used)).compile()
     if self._keeps_reference:
-      self._score = self._score.lower(state.reference, batch, np.int32(used)).compile()
+      self._score = self._score.lower(lora.restored(state.params, state.reference), batch, np.int32(used)).compile()
 
   def step(self, state: LearnerState, host: HostState) -> tuple[LearnerState, dict[str, Any]]:
     """Does one round."""
@@ -170,8 +170,9 @@ class PreferenceStage:
     batches = [(*put((batch, pairs), self._mesh), used) for batch, pairs, used in batches]
     if not self._keeps_reference:
       return batches
+    reference = lora.restored(state.params, state.reference)
     scored = lambda batch, used: put(batch._replace(
-        reference_log_probs=self._score(state.reference, batch, np.int32(used))[0]), self._mesh)
+        reference_log_probs=self._score(reference, batch, np.int32(used))[0]), self._mesh)
     return [(scored(batch, used), pairs, used) for batch, pairs, used in batches]
 
   def _pack(self, found: list[tuple[mining.Pair, int]]) -> tuple[TrainBatch, PairBatch, int]:

@@ -12,6 +12,7 @@ from agentrl.algorithms.objective import Objective
 from agentrl.algorithms.selectors import Selection
 from agentrl.core.types import TrainBatch, Trajectory
 from agentrl.experience.base import REPLAYED
+from agentrl.models import lora
 from agentrl.rollout.summary import summarize
 from agentrl.sharding import exchange
 from agentrl.training import rejected
@@ -69,7 +70,7 @@ class ReinforcementStage:
   def begin(self, state: LearnerState, host: HostState) -> LearnerState:
     """Returns the state with a new optimiser and, if asked for, the present policy as the reference."""
     self._collector.begin(host)
-    reference = jax.tree.map(lambda x: x.copy(), state.params) if self._config.reference else None
+    reference = lora.snapshot(state.params) if self._config.reference else None
     side = {label: side.begin(state.params) for label, side in self._sides.items()}
     return LearnerState(state.params, self._optimizer.init(state.params), np.int32(0), reference, side)
 
@@ -188,7 +189,8 @@ class ReinforcementStage:
       if self._config.recompute_behaviour:
         batch = batch._replace(behaviour_log_probs=log_probs)
     if self._config.reference:
-      batch = batch._replace(reference_log_probs=self._score(state.reference, batch, np.int32(used))[0])
+      reference = lora.restored(state.params, state.reference)
+      batch = batch._replace(reference_log_probs=self._score(reference, batch, np.int32(used))[0])
     return put(batch, self._mesh)
 
   def _estimated(self, state: LearnerState, batches: list[tuple[TrainBatch, int, bool]]) -> list[tuple[TrainBatch, int]]:

@@ -15,7 +15,7 @@ class LearnerState(NamedTuple):
     params: Of the policy, master dtype, layers stacked.
     opt_state: Of the optimiser of the present stage.
     updates: int32 scalar. Updates applied in the present stage.
-    reference: Parameters of the reference policy; None without one.
+    reference: Of the reference policy, what `models.lora.snapshot` keeps; None without one.
     side: What the present stage trains beside the policy, by name: further heads, critics, reward models.
   """
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from agentrl.agents.react import react
+from agentrl.models import lora
 from agentrl.rewards import base as rewards
 from agentrl.rollout import store
 from agentrl.rollout.engine import Job
@@ -113,12 +114,18 @@ def test_rollouts_are_trained_on_as_they_were_sampled(run):
   assert all(len(set(g)) == 4 for g in groups.values())
 
 
-def test_the_reference_is_the_policy_that_the_stage_began_with(tiny_config, tiny_workdir,
-                                                               quick_compile):
-  run = Run(tiny_config(ALGORITHMS['ppo']), tiny_workdir, 'rl')
+@pytest.mark.parametrize('adapters', [{}, {'model.lora_targets': "('*_proj',)", 'model.lora_alpha': '64.0'}],
+                         ids=['whole', 'adapters'])
+def test_the_reference_is_the_policy_that_the_stage_began_with(tiny_config, tiny_workdir, quick_compile, adapters):
+  run = Run(tiny_config({**ALGORITHMS['ppo'], **adapters}), tiny_workdir, 'rl')
   before = jax.device_get(run.state.params)
   first = run.step()
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.state.reference), before)
+  kept = jax.device_get(lora.restored(run.state.params, run.state.reference))
+  # A reference is asked for log-probs, not for values.
+  without_values = lambda tree: {name: x for name, x in tree.items() if name != 'value'}
+  jax.tree.map(np.testing.assert_array_equal, without_values(kept), without_values(before))
+  # Of a policy with adapters there is no second copy: they are all that is kept.
+  assert not adapters or set(run.state.reference['layers']) == {'lora'} and set(run.state.reference) == {'layers'}
   # Before any update the policy is its own reference: the first of the two updates of a step sees
   # no divergence.
   np.testing.assert_allclose(run.batches[0].reference_log_probs, run.batches[0].behaviour_log_probs,
