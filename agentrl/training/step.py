@@ -203,15 +203,21 @@ def lay_out(tree: Any, config: ModelConfig, mesh: jax.sharding.Mesh | None) -> A
   """Splits every leaf whose path ends in a parameter's as that parameter is, and replicates the others."""
   if mesh is None:
     return tree
+  return jax.tree.map(jax.lax.with_sharding_constraint, tree, layout(tree, config, mesh))
+
+
+def layout(tree: Any, config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+  """Returns the shardings that `lay_out` gives to a tree of arrays or shapes."""
   table = {jax.tree_util.keystr(path): axes for path, axes in jax.tree_util.tree_leaves_with_path(
       param_axes(config), is_leaf=lambda x: isinstance(x, tuple))}
 
-  def constrain(path, x):
+  def of(path, x):
     ends = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))
     axes = next((table[e] for e in ends if e in table), ())
-    return meshes.lay_out_on(mesh, x, axes if len(axes) == x.ndim else (None,) * x.ndim)
+    axes = axes if len(axes) == x.ndim else (None,) * x.ndim
+    return jax.sharding.NamedSharding(mesh, meshes.spec_of(axes, x.shape, mesh))
 
-  return jax.tree_util.tree_map_with_path(constrain, tree)
+  return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def _part(parts: Any, index) -> Any:
