@@ -22,6 +22,7 @@ import numpy as np
 from agentrl.models.transformer import unpack
 from agentrl.tokens.grammars import TurnGrammar
 
+ALL = np.uint32(0xFFFFFFFF)
 # Distinct masks that are kept to be shared; beyond, what is in use stays with its trajectories.
 _MOST_SHARED = 1 << 14
 
@@ -53,22 +54,25 @@ class Grammar:
     if not self.ends:
       raise ValueError(f'call format {call_format.name!r} takes all that ends a turn, {tokenizer.decode(ends)!r}, for '
                        'markers of its own; take another')
+    pieces = tokenizer.token_bytes()
+    special = {*closing, *ends}
     self._vocabulary = self._library.LLTokenizer(
-        self._library.TokenizerWrapper(_Pieces(tokenizer, {*closing, *ends}, self.ends)), n_vocab=tokenizer.vocab_size,
+        self._library.TokenizerWrapper(_Pieces(tokenizer, pieces, special, self.ends)), n_vocab=len(pieces),
         eos_token=list(self.ends))
     problem = self._problem(turn)
     if problem:
       self._blame_a_tool(call_format, tools, ids)
       raise ValueError(f'call format {call_format.name!r} has no grammar for the tools '
                        f'{[t["name"] for t in tools]} together: {problem}')
-    self.vocab_size = tokenizer.vocab_size
-    self._starts = [self._library.LLMatcher(self._vocabulary, g) for g in (turn.turn, turn.guard) if g]
+    self.words = words(len(pieces))
+    self.nothing = bytes(4 * self.words)
+    self.unspelled = Unspelled(turn.unspelled, [None if i in special else p for i, p in enumerate(pieces)])
+    self._start = self._library.LLMatcher(self._vocabulary, turn.turn)
     self._shared: dict[bytes, bytes] = {}
 
   def _problem(self, turn: TurnGrammar) -> str:
-    validate = self._library.LLMatcher.validate_grammar_with_warnings
-    found = [validate(g, self._vocabulary) for g in (turn.turn, turn.guard) if g]
-    return next((messages[0] for failed, messages in found if failed), '')
+    failed, messages = self._library.LLMatcher.validate_grammar_with_warnings(turn.turn, self._vocabulary)
+    return messages[0] if failed else ''
 
   def _blame_a_tool(self, call_format, tools, ids):
     for tool in tools:
@@ -81,9 +85,9 @@ class Grammar:
     """Returns a cursor at the beginning of a turn."""
     return Cursor(self)
 
-  def matchers(self) -> list[Any]:
-    """Returns llguidance's state at the beginning of a turn, one a grammar."""
-    return [m.deep_copy() for m in self._starts]
+  def matcher(self) -> Any:
+    """Returns llguidance's state at the beginning of a turn."""
+    return self._start.deep_copy()
 
   def share(self, mask: bytes) -> bytes:
     """Returns an equal mask that others hold as well."""
@@ -99,7 +103,7 @@ class Grammar:
       out.append(mask if mask is not None and allows(mask, token) else None)
       if out[-1] is None:
         return out + [None] * (len(tokens) - i - 1)
-      cursor.follow(tokens[:i + 1])
+      cursor.take(int(token))
     return out
 
 
@@ -108,40 +112,81 @@ def allows(mask: bytes, token: int) -> bool:
   return bool(mask[token >> 3] >> (token & 7) & 1)
 
 
+class Unspelled:
+  """Which tokens would complete a string that others have begun: strings that stand for something as single tokens only.
+
+  What has been written counts by its tail alone: the longest one that a string begins with.
+  """
+
+  def __init__(self, strings: Sequence[str], pieces: Sequence[bytes | None]):
+    """Prepares the pieces of a tokenizer.
+
+    Args:
+      strings: None of which is to be spelled out.
+      pieces: Bytes of each token; None for those that are no text.
+    """
+    self._strings = [s.encode() for s in strings]
+    self._longest = max(map(len, self._strings), default=1) - 1
+    self._pieces = pieces
+    ends, begins = {s[-1] for s in self._strings}, {s[0] for s in self._strings}
+    self._may_end = [i for i, p in enumerate(pieces) if p and ends & set(p)]
+    self._may_begin = {i for i, p in enumerate(pieces) if p and begins & set(p)}
+    self._rows: dict[bytes, np.ndarray] = {}
+
+  def after(self, tail: bytes, token: int) -> bytes:
+    """Returns the tail behind one more token."""
+    if not tail and token not in self._may_begin:
+      return b''
+    text = (tail + (self._pieces[token] or b'\xff'))[-self._longest:] if self._longest else b''
+    return next((text[i:] for i in range(len(text)) if any(s.startswith(text[i:]) for s in self._strings)), b'')
+
+  def row(self, tail: bytes) -> np.ndarray:
+    """Returns the packed mask of the tokens that complete no string behind a tail."""
+    if tail not in self._rows:
+      row = np.full(words(len(self._pieces)), ALL)
+      for i in self._may_end:
+        if any(s in tail + self._pieces[i] for s in self._strings):
+          row[i // 32] &= ~np.uint32(1 << i % 32)
+      self._rows[tail] = row
+    return self._rows[tail]
+
+
 class Cursor:
   """Where a turn stands in its grammar."""
 
   def __init__(self, grammar: Grammar):
     self.grammar = grammar
-    self._matchers = grammar.matchers()
+    self._matcher = grammar.matcher()
     self._taken: list[int] = []
+    self._tails = [b'']  # before each token, and behind the last
     self._begun = 0  # tokens before the message in progress: a turn that goes on past an end begins anew
-    self._buffer = np.zeros(words(grammar.vocab_size), np.uint32)
 
   def follow(self, tokens: Sequence[int]):
     """Goes to where the turn consists of these tokens, forwards or backwards."""
     same = next((i for i, (a, b) in enumerate(zip(self._taken, tokens)) if a != b), min(len(self._taken), len(tokens)))
     if same < self._begun:
-      self._matchers, self._taken, self._begun, same = self.grammar.matchers(), [], 0, 0
-    if same < len(self._taken):
-      for matcher in self._matchers:
-        matcher.rollback(len(self._taken) - same)
-      del self._taken[same:]
+      self._matcher, self._taken, self._tails, self._begun, same = self.grammar.matcher(), [], [b''], 0, 0
+    self.drop(len(self._taken) - same)
     for token in tokens[same:]:
-      self.take(token)
+      self.take(int(token))
 
   def take(self, token: int):
     """Goes one token on."""
-    self._taken.append(int(token))
-    for matcher in self._matchers:
-      matcher.consume_token(int(token))
+    self._taken.append(token)
+    self._tails.append(self.grammar.unspelled.after(self._tails[-1], token))
     if token in self.grammar.ends:
-      self._matchers, self._begun = self.grammar.matchers(), len(self._taken)
+      self._matcher, self._begun = self.grammar.matcher(), len(self._taken)
+    else:
+      self._matcher.consume_token(token)
 
   def drop(self, count: int):
     """Goes back over the last tokens."""
-    if count:
-      self.follow(self._taken[:len(self._taken) - count])
+    left = len(self._taken) - count
+    if left < self._begun:
+      self.follow(self._taken[:left])
+    elif count:
+      self._matcher.rollback(count)
+      del self._taken[left:], self._tails[left + 1:]
 
   @property
   def taken(self) -> int:
@@ -149,18 +194,28 @@ class Cursor:
     return len(self._taken)
 
   def mask(self) -> bytes | None:
-    """Returns the packed mask of the next token; None where nothing is known, as where a turn left its grammar."""
-    out = None
-    for matcher in self._matchers:
-      matcher.unsafe_compute_mask_ptr(self._buffer.ctypes.data, self._buffer.nbytes)
-      if matcher.is_error():
-        logging.log_first_n(logging.ERROR, 'A turn is sampled without constraint from here on: %s', 3, matcher.get_error())
-        return None
-      out = self._buffer.copy() if out is None else out & self._buffer
-    if not out.any():
-      logging.log_first_n(logging.ERROR, 'The grammar of calls leaves no token after %s', 3, self._taken)
-      return None
-    return self.grammar.share(out.tobytes())
+    """Returns the packed mask of the next token, `Grammar.words` words; None where nothing is known."""
+    row = np.zeros(self.grammar.words, np.uint32)
+    return self.write(row, row.ctypes.data)
+
+  def write(self, row: np.ndarray, address: int) -> bytes | None:
+    """Puts the mask of the next token into a row, and returns it.
+
+    Where nothing is known, as where a turn has left its grammar, the row lets every token be drawn.
+
+    Args:
+      row: [Grammar.words] uint32.
+      address: Of its first byte.
+    """
+    self._matcher.unsafe_compute_mask_ptr(address, row.nbytes)
+    np.bitwise_and(row, self.grammar.unspelled.row(self._tails[-1]), out=row)
+    mask = row.tobytes()
+    if mask != self.grammar.nothing and not self._matcher.is_error():
+      return self.grammar.share(mask)
+    logging.log_first_n(logging.ERROR, 'The grammar of calls has nothing to say after tokens %s: %s', 3, self._taken,
+                        self._matcher.get_error())
+    row[:] = ALL
+    return None
 
 
 class MaskTable:
@@ -177,6 +232,7 @@ class MaskTable:
     self.everywhere: jax.sharding.Sharding | None = None  # on a mesh, of what the host is asked and answers
     self._vocab_size = vocab_size
     self._out = np.zeros((slots, width, words(vocab_size)), np.uint32)
+    self._address = self._out.ctypes.data
     self.begin({})
 
   def begin(self, cursors: Mapping[int, Cursor]):
@@ -184,7 +240,9 @@ class MaskTable:
     self._cursors = dict(cursors)
     self._first = {slot: cursor.taken for slot, cursor in cursors.items()}
     self._masks: dict[int, list[bytes | None]] = {slot: [] for slot in cursors}
-    self._out[...] = np.uint32(0xFFFFFFFF)
+    self._out[...] = ALL
+    for slot, cursor in cursors.items():
+      self._out[slot, :, cursor.grammar.words:] = 0  # ids that the tokenizer does not know
 
   def drawn(self, slot: int, count: int) -> tuple[bytes | None, ...]:
     """Returns the masks that the first `count` tokens of the call were drawn under in a slot."""
@@ -208,49 +266,45 @@ class MaskTable:
 
   def _answer(self, asked: Any) -> np.ndarray:
     width = self._out.shape[1]
-    asked = np.asarray(asked)
+    rows = np.asarray(asked).tolist()
     for slot, cursor in self._cursors.items():
-      count, *row = asked[slot, :width + asked[slot, 0]].tolist()
-      known = cursor.taken - self._first[slot]
+      row, masks = rows[slot], self._masks[slot]
+      count, known = row[0], cursor.taken - self._first[slot]
+      if known == count and len(masks) > count and width == 1:
+        continue  # it has ended; its last mask stands
       if known > count:
         cursor.drop(known - count)
-      elif known == count and len(self._masks[slot]) > count and width == 1:
-        continue  # it has ended; its last mask stands
-      for token in row[width - 1 + known:]:
+      for token in row[width + known:width + count]:
         cursor.take(token)
-      self._look_ahead(slot, cursor, count, row[:width - 1])
+      del masks[count:]
+      masks.append(self._write(slot, 0, cursor))
+      if width > 1:
+        self._look_ahead(slot, cursor, row[1:width])
     return self._out
 
-  def _look_ahead(self, slot: int, cursor: Cursor, count: int, proposals: list[int]):
-    """Notes the masks after `count` tokens and after each proposal that may be drawn; leaves the cursor where it is."""
+  def _look_ahead(self, slot: int, cursor: Cursor, proposals: list[int]):
+    """Adds the masks after each proposal that may be drawn; leaves the cursor where it is."""
     masks, ahead = self._masks[slot], 0
-    del masks[count:]
-    for i, proposal in enumerate((*proposals, -1)):
-      mask = cursor.mask()
-      masks.append(mask)
-      self._out[slot, i] = _row(mask, self._out.shape[2])
-      if proposal < 0 or mask is not None and not allows(mask, proposal):
+    for i, proposal in enumerate(proposals, 1):
+      if proposal < 0 or masks[-1] is not None and not allows(masks[-1], proposal):
         break
       cursor.take(proposal)
       ahead += 1
+      masks.append(self._write(slot, i, cursor))
     cursor.drop(ahead)
 
-
-def _row(mask: bytes | None, length: int) -> np.ndarray:
-  """Returns a mask as [V / 32] uint32; ids that the tokenizer does not know are not drawn."""
-  if mask is None:
-    return np.full(length, 0xFFFFFFFF, np.uint32)
-  row = np.frombuffer(mask, np.uint32)
-  return np.pad(row, (0, length - len(row))) if len(row) < length else row
+  def _write(self, slot: int, place: int, cursor: Cursor) -> bytes | None:
+    _, width, length = self._out.shape
+    return cursor.write(self._out[slot, place, :cursor.grammar.words], self._address + 4 * length * (slot * width + place))
 
 
 class _Pieces:
   """A tokenizer as llguidance reads it."""
 
-  def __init__(self, tokenizer: Any, special: set[int], ends: Sequence[int]):
+  def __init__(self, tokenizer: Any, pieces: Sequence[bytes], special: set[int], ends: Sequence[int]):
     """Wraps a tokenizer whose `special` ids stand for no text."""
     mark = lambda i, text: b'\xff' + (text or str(i).encode()) if i in special else text
-    self.tokens = [mark(i, text) for i, text in enumerate(tokenizer.token_bytes())]
+    self.tokens = [mark(i, text) for i, text in enumerate(pieces)]
     self.special_token_ids = sorted(special)
     self.eos_token_id = ends[0]
     self.bos_token_id = None

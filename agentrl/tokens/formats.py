@@ -154,10 +154,8 @@ class HermesFormat:
   def grammar(self, tools: Sequence[Mapping[str, Any]], ids: Mapping[str, int]) -> grammars.TurnGrammar:
     """See CallFormat. The tags are their tokens: no text spells them out, not even within an argument."""
     opening, closing = (grammars.token(m, ids) for m in self.markers)
-    text = f'TEXT: {grammars.without(self.markers)}\n'
-    turn = f'start: (TEXT? {opening} blank call blank {closing})* TEXT?\n{text}{grammars.json_calls(tools)}'
-    guard = f'start: (TEXT? ({opening} | {closing}))* TEXT?\n{text}'
-    return grammars.TurnGrammar(turn, guard, self.markers)
+    turn = f'start: (TEXT? {opening} blank call blank {closing})* TEXT?\nTEXT: {grammars.ANY}\n'
+    return grammars.TurnGrammar(turn + grammars.json_calls(tools), tokens=self.markers, unspelled=self.markers)
 
 
 def render_json_call(call: types.ToolCall, *, arguments: str = 'arguments',

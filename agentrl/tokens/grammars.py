@@ -22,13 +22,13 @@ class TurnGrammar(NamedTuple):
 
   Attributes:
     turn: Grammar of it, with a rule `start`.
-    guard: A second one that it must satisfy as well; '' for none.
-    tokens: Markers that the grammars know as single tokens, by id, and that no text spells out.
+    tokens: Markers that it knows as single tokens, by id, rather than by their text.
+    unspelled: Strings that no other tokens may spell out, not even where the grammar would let them.
   """
 
   turn: str
-  guard: str = ''
   tokens: tuple[str, ...] = ()
+  unspelled: tuple[str, ...] = ()
 
 
 def literal(text: str) -> str:

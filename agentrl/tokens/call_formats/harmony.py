@@ -73,11 +73,9 @@ class HarmonyFormat:
   def grammar(self, tools: Sequence[Mapping[str, Any]], ids: Mapping[str, int]) -> grammars.TurnGrammar:
     """See `formats.CallFormat`. Markers are their tokens: no text spells them out, not even within an argument."""
     start, end, message, channel, constrain, call, _ = (grammars.token(m, ids) for m in _MARKERS)
-    text = grammars.without(_MARKERS)
     names = [f'name_{i}: {grammars.literal(t["name"])} (" " {constrain}? "json")? {message} {grammars.json_arguments(t)}\n'
              for i, t in enumerate(tools)]
     turn = (f'start: TEXT? (({start} | {end} | {message} | {constrain}) TEXT? | {channel} (OTHER? | to))*\n'
             f'to: "commentary to=functions." ({" | ".join(f"name_{i}" for i in range(len(tools)))}) {call} TEXT?\n'
-            f'TEXT: {text}\nOTHER: {text} & ~/commentary\\x20to=functions\\.(?s:.*)/\n{"".join(names)}')
-    guard = f'start: (TEXT | {" | ".join((start, end, message, channel, constrain, call))})*\nTEXT: {text}\n'
-    return grammars.TurnGrammar(turn, guard, _MARKERS[:-1])
+            f'TEXT: {grammars.ANY}\nOTHER: {grammars.ANY} & ~/commentary\\x20to=functions\\.(?s:.*)/\n{"".join(names)}')
+    return grammars.TurnGrammar(turn, tokens=_MARKERS[:-1], unspelled=_MARKERS)
