@@ -186,6 +186,7 @@ def get_config() -> ConfigDict:
   c.offline_q.group_size = 2
   c.offline_q.turns = 256  # of the log that are learned from
   c.offline_q.actions = 16  # offered at each, the logged one included
+  c.offline_q.least_draws = 1  # times that an action is drawn there if it is to be imitated
   c.offline_q.batch = 64  # turns of an update
   c.offline_q.critic_steps = 20  # passes over the log
   c.offline_q.actor_steps = 20  # updates

@@ -42,6 +42,7 @@ class _Log(NamedTuple):
     states: [M, F] float32.
     offers: [M, N, F] float32. Features of the state with each action.
     offered: [M, N] bool.
+    draws: [M, N] int32. How many of the actions offered there are the same one.
     rewards: [M] float32.
     next_states: [M, F] float32.
     done: [M] bool.
@@ -52,6 +53,7 @@ class _Log(NamedTuple):
   states: np.ndarray
   offers: np.ndarray
   offered: np.ndarray
+  draws: np.ndarray
   rewards: np.ndarray
   next_states: np.ndarray
   done: np.ndarray
@@ -65,13 +67,17 @@ class OfflineQStage:
   contexts and of actions are the features, and it draws the `actions` - 1 actions that are offered beside the logged
   one. The reward of a trajectory is that of its last turn.
 
+  An action that was hardly ever drawn is one that the critics have not seen: of 16, the one of largest advantage is
+  then likely the most overestimated. `least_draws` sets how often one must be drawn there to be imitated.
+
   Source: Digi-Q, code DigiRL-agent/digiq: 16 actions, gamma 0.95, targets moved by 0.1 an epoch, critic 1e-5, actor
-    1e-4, gradients clipped at 0.01.  Deviation: an epoch is a step; offers come from the logging policy, our choice.
+    1e-4, gradients clipped at 0.01.  Deviation: an epoch is a step; offers come from the logging policy, and `least_draws`
+    above 1, our choices.
   """
 
   def __init__(self, parts: Parts, name: str):
     c, train = parts.config.offline_q, parts.config.train
-    for key in ('critic_steps', 'actor_steps', 'prompts', 'group_size', 'turns', 'batch'):
+    for key in ('critic_steps', 'actor_steps', 'prompts', 'group_size', 'turns', 'batch', 'least_draws'):
       if c[key] < 1:
         raise ValueError(f'offline_q.{key}={c[key]} must be at least 1')
     if c.actions < 2:
@@ -142,7 +148,8 @@ class OfflineQStage:
       state = state._replace(side={'critics': critics, 'targets': targets})
       metrics['trained_tokens'] = 0
     else:
-      best, weights = jax.device_get(self._best(state.side['critics'].params, log.states, log.offers, log.offered))
+      best, weights = jax.device_get(self._best(
+          state.side['critics'].params, log.states, log.offers, log.offered & (log.draws >= self._config.least_draws)))
       good = np.flatnonzero(weights > 0)
       chosen = rng.permutation(good)[:self._config.batch]
       metrics['imitated'] = len(good)
@@ -228,7 +235,7 @@ class OfflineQStage:
         actions[-1].append(offer.segments[0].tokens[turn.start:])
         if drawn and drawn.stop_reason == 'stop':
           acts[i, k], offered[i, k] = own[id(offer)][drawn.end - 1], True
-    return _Log(contexts, actions, states, acts, offered, rewards, next_states, done)
+    return _Log(contexts, actions, states, acts, offered, _draws(actions), rewards, next_states, done)
 
   def _all_hidden(self, state: LearnerState, sequences: list[np.ndarray]) -> list[np.ndarray]:
     """Returns [T, F] float32 for each sequence, of the reference."""
@@ -261,6 +268,15 @@ class OfflineQStage:
     outcome = Outcome(np.zeros(n, np.int32), fill, (fill > 0).astype(np.float32), fill > 0)
     return pack(sequences, outcome, rows=self._micro_batches * train.micro_rows, row_length=train.row_length,
                 micro_batches=self._micro_batches)
+
+
+def _draws(actions: list[list[np.ndarray]]) -> np.ndarray:
+  """Returns [M, N] int32: how many of the actions offered with each are equal to it, itself included."""
+  out = np.zeros((len(actions), max(map(len, actions))), np.int32)
+  for row, offered in zip(out, actions):
+    keys = [action.tobytes() for action in offered]
+    row[:len(keys)] = [keys.count(key) for key in keys]
+  return out
 
 
 def _offer(context: np.ndarray, stops: tuple[str, ...]):

@@ -12,7 +12,7 @@ import pytest
 from agentrl.algorithms import offline_q
 from agentrl.checkpointing.checkpoints import Checkpointer
 from agentrl.training import build
-from agentrl.training.offline_q import OfflineQStage, _critic_epoch
+from agentrl.training.offline_q import OfflineQStage, _critic_epoch, _draws
 from agentrl.training.optimizer import make_optimizer
 from agentrl.training.state import HostState, LearnerState
 from agentrl.training.sums import Trained
@@ -86,6 +86,16 @@ def test_values_of_a_chain_are_discounted_from_its_end():
     np.testing.assert_allclose(offline_q.value(carried[0].params[name], s), [0.25, 0.5, 1.0], atol=0.03)
 
 
+def test_what_is_hardly_ever_drawn_is_not_imitated():
+  one, other, third = (np.int32(x) for x in ([1, 2], [1], [1, 2, 3]))
+  draws = _draws([[one, other, one.copy(), third, one], [other, third]])
+  assert draws.tolist() == [[3, 1, 3, 1, 3], [1, 1, 0, 0, 0]]
+  critics, rng = _random(0), np.random.default_rng(1)
+  s, a = rng.normal(size=(2, 3)).astype(np.float32), rng.normal(size=(2, 5, 3)).astype(np.float32)
+  best, weights = offline_q.best_actions(critics, s, a, draws >= 3, threshold=-9.0)
+  assert draws[0, best[0]] == 3 and weights[1] == 0
+
+
 def _begin(config, folder):
   parts = build.build(config, folder)
   stage, host = OfflineQStage(parts, 'offline_q'), HostState()
@@ -125,7 +135,7 @@ def test_a_stage_that_is_resumed_midway_is_the_one_that_was_not(tiny_config, tin
 
 @pytest.mark.parametrize('key, value, words', [
     ('actions', '1', 'no choice but the logged action'), ('batch', '0', 'batch=0 must be at least 1'),
-    ('gamma', '1.5', r'must lie in \[0, 1\]'),
+    ('gamma', '1.5', r'must lie in \[0, 1\]'), ('least_draws', '0', 'least_draws=0 must be at least 1'),
 ])
 def test_bad_settings_are_refused_at_start(tiny_config, tiny_workdir, key, value, words):
   parts = build.build(tiny_config({**TINY, f'offline_q.{key}': value}), tiny_workdir)
