@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from agentrl.synthesis import pairs as mining
 from agentrl.training import rejected, sums
 from agentrl.training.build import Parts
 from agentrl.training.optimizer import make_optimizer, schedule
-from agentrl.training.packing import Outcome, TokenSequence, pack
+from agentrl.training.packing import Outcome, TokenSequence, pack, plan_rows
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
 from agentrl.training.step import lay_out, make_score, put
@@ -62,11 +62,14 @@ class PreferenceStage:
     rate = schedule(c.schedule, c.learning_rate, c.steps * c.max_updates * c.epochs, c.warmup)
     self._optimizer = make_optimizer(c.optimizer, rate, weight_decay=c.weight_decay, max_grad_norm=c.max_grad_norm)
     per_row = train.row_length // parts.config.rollout.context_tokens
-    self._micro_batches = max(1, -(-2 * c.pairs // (per_row * train.micro_rows)))
+    # Pairs at their longest that a micro-batch has room for.
+    held = per_row * train.micro_rows // 2
+    self._micro_batches = -(-c.pairs // held) if held else 2 * c.pairs
+    self._together = bool(held)
     self._mesh = mesh = parts.mesh if parts.mesh.size > 1 else None
     temperature = parts.config.rollout.temperature
     self._update = make_pair_update(parts.model, self._optimizer, self._preference, micro_batches=self._micro_batches,
-                                    temperature=temperature, mesh=mesh, mix=self._mix)
+                                    temperature=temperature, mesh=mesh, mix=self._mix, together=self._together)
     self._score = make_score(parts.model, micro_batches=self._micro_batches, temperature=temperature, mesh=mesh)
     self._engine = parts.engine(SamplingParams(temperature=temperature))
     self._iterator = TaskIterator(parts.train_source, c.prompts, parts.config.seed)
@@ -182,13 +185,39 @@ class PreferenceStage:
     sequences = [_sequence(e, i) for i, e in enumerate(excerpts)]
     ones = np.ones(2 * n, np.float32)
     outcome = Outcome(np.repeat(np.arange(n, dtype=np.int32), 2), np.zeros(2 * n, np.float32), ones, ones > 0)
+    plan = plan_pairs([len(s.tokens) for s in sequences], train.micro_rows, train.row_length) if self._together else None
     batch, used = pack(sequences, outcome, rows=self._micro_batches * train.micro_rows, row_length=train.row_length,
-                       micro_batches=self._micro_batches)
+                       micro_batches=self._micro_batches, plan=plan)
     if self._preference.needs_reference:
       batch = batch._replace(reference_log_probs=batch.behaviour_log_probs)
     fill = lambda values, dtype: np.concatenate([np.asarray(values, dtype), np.zeros(n - len(found), dtype)])
     return batch, PairBatch(fill([pair.weight for pair, _ in found], np.float32),
                             fill([label for _, label in found], np.int32)), used
+
+
+def plan_pairs(lengths: Sequence[int], rows: int, row_length: int) -> list[list[int]]:
+  """Returns the rows of micro-batches, each of `rows` rows, such that both of every pair lie in one of them.
+
+  Args:
+    lengths: Of the sequences; those of pair p are 2p and 2p + 1.
+    rows: Of a micro-batch.
+    row_length: Tokens.
+  Example:
+    >>> plan_pairs([4, 3, 5, 2], rows=1, row_length=8)
+    [[0, 1], [2, 3]]
+  """
+  plan: list[list[int]] = []
+  own: list[int] = []
+  laid: list[list[int]] = []
+  for i in range(0, len(lengths), 2):
+    trial = [*own, i, i + 1]
+    laid_out = plan_rows([lengths[k] for k in trial], row_length)
+    if len(laid_out) > rows and own:
+      plan += laid + [[]] * (rows - len(laid))
+      trial = [i, i + 1]
+      laid_out = plan_rows([lengths[k] for k in trial], row_length)
+    own, laid = trial, [[trial[k] for k in row] for row in laid_out]
+  return plan + laid
 
 
 class PairBatch(NamedTuple):
@@ -204,7 +233,8 @@ class PairBatch(NamedTuple):
 
 
 def make_pair_update(config: Any, optimizer: Any, preference: preferences.Preference, *, micro_batches: int,
-                     temperature: float = 1.0, mesh: jax.sharding.Mesh | None = None, mix: Any = None):
+                     temperature: float = 1.0, mesh: jax.sharding.Mesh | None = None, mix: Any = None,
+                     together: bool = False):
   """Returns a jitted `update(state, batch, pairs, used) -> (state, metrics)` that donates the state.
 
   Trajectories 2p and 2p + 1 of the batch are the chosen and the rejected of pair p. The loss is the mean over all pairs
@@ -218,12 +248,13 @@ def make_pair_update(config: Any, optimizer: Any, preference: preferences.Prefer
     temperature: Of the policy.
     mesh: As for `step.make_update`.
     mix: [H] float32: how the heads of `state.side['heads']` [H, V, D] make the policy's; None without heads.
+    together: Whether both of each pair lie in one micro-batch, which saves a forward pass.
   Returns:
     Metrics are float32 scalars by name: 'loss', 'grad_norm', 'applied', and those of `preference.pair_loss`.
   """
   heads = 0 if mix is None else len(mix)
   outputs = _log_probs_by_head(config, temperature, heads) if heads else sums.log_probs_of(config, temperature)
-  gradient = sums.make_gradient(outputs, micro_batches=micro_batches, mesh=mesh)
+  gradient = sums.make_gradient(outputs, micro_batches=micro_batches, mesh=mesh, together=together)
 
   @functools.partial(jax.jit, donate_argnums=0)
   def update(state: LearnerState, batch: TrainBatch, found: PairBatch, used: jax.Array):

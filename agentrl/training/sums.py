@@ -6,7 +6,8 @@ gradient is nevertheless a plain sum over tokens,
     s_n = sum_{t in n} f(t);   grad L(s) = sum_t (dL / ds_n(t)) grad f(t)
 
 so the sums are computed first, with no gradient, and the gradient then micro-batch by micro-batch: packing, order and
-splits change nothing. With one micro-batch the first pass is the forward half of the second and costs nothing.
+splits change nothing. With one micro-batch the first pass is the forward half of the second and costs nothing; nor does
+it where all that a term of the loss reads lies in one micro-batch, as both of a pair may.
 
 Axes: B rows, T tokens, N trajectories.
 """
@@ -51,13 +52,15 @@ def planes_of(batch: TrainBatch) -> dict[str, Any]:
   return {**{name: batch._asdict()[name] for name in names}, **batch.token_parts}
 
 
-def make_gradient(outputs: Outputs, *, micro_batches: int, mesh: jax.sharding.Mesh | None = None) -> Callable[..., Any]:
+def make_gradient(outputs: Outputs, *, micro_batches: int, mesh: jax.sharding.Mesh | None = None,
+                  together: bool = False) -> Callable[..., Any]:
   """Returns `gradient(params, planes, count, used, loss) -> ((value, aux), grads)`, to be used inside a jit.
 
   Args:
     outputs: (params, planes of a micro-batch) -> [rows, T] float32; what is outside the loss mask is not read.
     micro_batches: Parts that B is cut into, as for `step.make_update`; must divide it.
     mesh: Whose batch axes the rows of each micro-batch are split over; None on one device.
+    together: Whether the loss is a sum of terms each of which reads the sums of one micro-batch alone.
   Returns:
     A function of the parameters, the planes of `planes_of`, N, the number of micro-batches that hold anything (at
     least 1, traced), and `loss`, which takes the sums [N] and returns a scalar and anything else.
@@ -77,10 +80,19 @@ def make_gradient(outputs: Outputs, *, micro_batches: int, mesh: jax.sharding.Me
       totals, pull = jax.vjp(lambda p: sums(p, 0), params)
       result, weights = jax.value_and_grad(loss, has_aux=True)(totals)
       return result, pull(weights)[0]
-    totals = jax.lax.fori_loop(0, used, lambda i, total: total + sums(params, i), jnp.zeros(count, jnp.float32))
+    nothing, zeros = jnp.zeros(count, jnp.float32), jax.tree.map(jnp.zeros_like, params)
+    if together:
+      def add(i, found):
+        own, pull = jax.vjp(lambda p: sums(p, i), params)
+        # What it says of trajectories that are elsewhere meets none of their tokens.
+        weights, _ = jax.grad(loss, has_aux=True)(own)
+        return found[0] + own, jax.tree.map(jnp.add, found[1], pull(weights)[0])
+
+      totals, grads = jax.lax.fori_loop(0, used, add, (nothing, zeros))
+      return loss(totals), grads
+    totals = jax.lax.fori_loop(0, used, lambda i, total: total + sums(params, i), nothing)
     result, weights = jax.value_and_grad(loss, has_aux=True)(totals)
     weighted = jax.grad(lambda p, i: jnp.vdot(weights, sums(p, i)))
-    zeros = jax.tree.map(jnp.zeros_like, params)
     grads = jax.lax.fori_loop(0, used, lambda i, g: jax.tree.map(jnp.add, g, weighted(params, i)), zeros)
     return result, grads
 

@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   console, path = rich.console.Console(), options.out / 'credit.json'
   names = [m for m in options.methods.split(',') if m] or [m for m in run.known_methods() if measured(m, run)]
   results = json.loads(path.read_text()) if path.exists() else {}
-  run.make_cold_start(options.runs / run.COLD_START, console)
+  run.make_cold_start(options.runs / run.COLD_START, console, run.known_keys(_HERE / 'results'))
   for seed in map(int, options.seeds.split(',')):
     for method in names:
       key = f'{method}_seed{seed}'

@@ -140,6 +140,18 @@ def test_a_cold_start_of_another_config_is_made_again(run, tmp_path):
   assert not run.is_cold_start(tmp_path, config, keys)
 
 
+def test_a_cold_start_outlives_keys_that_came_later(run, tmp_path):
+  config = run.cold_start_config()
+  older = json.loads(run.config_lib.to_json(config))
+  del older['model']['logit_chunk']
+  keys = frozenset(run._flat(older))
+  (tmp_path / 'config.json').write_text(json.dumps(older))
+  (tmp_path / 'summary.json').write_text(json.dumps({'cold_start': {}}))
+  assert run.is_cold_start(tmp_path, config, keys)
+  config.model.logit_chunk = 64
+  assert not run.is_cold_start(tmp_path, config, keys)
+
+
 def _result(method, seed, success, calls=1.0, world=None, world_hash='w'):
   return {'method': method, 'world': world or method, 'world_hash': world_hash, 'seed': seed, 'final': {
       'success': success, 'calls_per_task': calls, 'avoidable_calls': 0.0, 'failed_call_rate': 0.0,

@@ -19,7 +19,7 @@ from agentrl.models.params import init_params, param_axes
 from agentrl.sharding import mesh as meshes
 from agentrl.training import packing
 from agentrl.training.optimizer import make_optimizer
-from agentrl.training.preference import PairBatch, make_pair_update
+from agentrl.training.preference import PairBatch, make_pair_update, plan_pairs
 from agentrl.training.state import LearnerState
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -51,7 +51,8 @@ def _sequences():
 def _batch(layout, micro_batches=1):
   n = 2 * PAIRS
   outcome = packing.Outcome(np.zeros(n, np.int32), np.zeros(n, np.float32), np.ones(n, np.float32), np.ones(n, bool))
-  plan = None if layout == 'packed' else [[i] for i in (range(n) if layout == 'rows' else reversed(range(n)))]
+  plan = {'packed': None, 'rows': [[i] for i in range(n)], 'reversed': [[i] for i in reversed(range(n))],
+          'pairs': plan_pairs([len(s.tokens) for s in _sequences()], 8 // micro_batches, LENGTH)}[layout]
   batch, used = packing.pack(_sequences(), outcome, rows=8, row_length=LENGTH, plan=plan, micro_batches=micro_batches)
   return batch._replace(reference_log_probs=np.where(batch.loss_mask, np.float32(-3.2), 0)), used
 
@@ -65,14 +66,15 @@ def _optimizer():
 
 
 @functools.cache
-def _updated(layout, micro_batches, loss='dpo', heads=False, change=None):
+def _updated(layout, micro_batches, loss='dpo', heads=False, change=None, together=False):
   """Returns parameters, heads and metrics after one update."""
   params = jax.tree.map(jnp.array, _params())
   side = {'heads': jnp.stack([params['head'], 1.5 * params['head']])} if heads else {}
   trained = {'heads': side['heads'], 'policy': {k: v for k, v in params.items() if k != 'head'}} if heads else params
   state = LearnerState(params, _optimizer().init(trained), np.int32(0), side=side)
   mix = np.float32([0.25, 0.75]) if heads else None
-  update = make_pair_update(CONFIG, _optimizer(), preference.make(loss), micro_batches=micro_batches, mix=mix)
+  update = make_pair_update(CONFIG, _optimizer(), preference.make(loss), micro_batches=micro_batches, mix=mix,
+                            together=together)
   batch, used = _batch(layout, micro_batches)
   if change == 'unsampled':
     # Only what the loss mask keeps is scored: another target where it does not is no difference. The last token
@@ -121,6 +123,33 @@ def test_packing_order_and_micro_batches_change_nothing(layout, micro_batches, l
   _, _, got = _updated(layout, micro_batches, loss)
   for name in want:
     np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize('loss', ['dpo', 'orpo'])
+def test_pairs_that_lie_together_need_no_pass_of_their_own(loss):
+  # A row of 24 tokens a micro-batch: one pair each, so that none of them sees the others.
+  _, _, want = _updated('packed', 1, loss)
+  batch, used = _batch('pairs', 8)
+  assert used == PAIRS
+  for m in range(used):
+    held = batch.trajectory_ids[m]
+    assert set(held[held >= 0]) == {2 * m, 2 * m + 1}
+  _, _, got = _updated('pairs', 8, loss, together=True)
+  for name in want:
+    np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_pairs_are_laid_out_whole():
+  rng = np.random.default_rng(0)
+  for rows in (1, 2, 5):
+    lengths = rng.integers(2, LENGTH // 2 + 1, 40).tolist()
+    plan = plan_pairs(lengths, rows, LENGTH)
+    assert sorted(i for row in plan for i in row) == list(range(40))
+    assert all(sum(lengths[i] for i in row) <= LENGTH for row in plan)
+    where = {i: r // rows for r, row in enumerate(plan) for i in row}
+    assert all(where[i] == where[i + 1] for i in range(0, 40, 2))
+    # As many micro-batches as pairs at their longest would take, at most.
+    assert -(-len(plan) // rows) <= -(-20 // rows)
 
 
 def test_devices_change_nothing():
