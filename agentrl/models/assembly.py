@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agentrl.core import threads
 from agentrl.models.convert import Piece
 
 # Transposed so many columns at a time: what is read of each row then stays in the processor's cache.
@@ -70,11 +71,13 @@ def copy(target: np.ndarray, source: np.ndarray):
     np.copyto(target, source, casting='unsafe')
     return
   others = [range(n) if i not in (nearest, source.ndim - 1) else (slice(None),) for i, n in enumerate(source.shape)]
-  for index in itertools.product(*others):
-    into, out_of = target[index], source[index]
-    for start in range(0, source.shape[-1], _COLUMNS):
-      columns = (..., slice(start, start + _COLUMNS))
-      np.copyto(into[columns], out_of[columns], casting='unsafe')
+
+  def stripe(index, start):
+    columns = (..., slice(start, start + _COLUMNS))
+    np.copyto(target[index][columns], source[index][columns], casting='unsafe')
+
+  starts = range(0, source.shape[-1], _COLUMNS)
+  threads.each(stripe, itertools.product(itertools.product(*others), starts), source.nbytes)
 
 
 def _is_host(device: jax.Device) -> bool:

@@ -17,6 +17,9 @@ from typing import Callable, Mapping, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from agentrl.core import threads
+
+_PART = 4 << 20  # bytes that a thread reads at a time
 DTYPES: Mapping[str, np.dtype] = {name: np.dtype(dtype) for name, dtype in {
     'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64,
     'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}.items()}
@@ -46,10 +49,15 @@ class Stored(NamedTuple):
   def read(self) -> np.ndarray:
     """Returns the tensor, copied into host memory."""
     out = np.empty(self.shape, self.dtype)
-    with open(self.path, 'rb') as file:
-      file.seek(self.start)
-      # A view of bytes: not every dtype has a buffer protocol.
-      file.readinto(out.reshape(-1).view(np.uint8))
+    # A view of bytes: not every dtype has a buffer protocol.
+    flat = out.reshape(-1).view(np.uint8)
+
+    def part(start):
+      with open(self.path, 'rb') as file:
+        file.seek(self.start + start)
+        file.readinto(flat[start:start + _PART])
+
+    threads.each(part, ((start,) for start in range(0, flat.size, _PART)), flat.size)
     return out
 
 
