@@ -38,6 +38,7 @@ _EXTRAS = {
     'mcp': ['mcp>=1.10'],
     'ray': ['ray>=2.40'],
     'tpu': ['jax[tpu]>=0.10.2'],
+    'scale': ['libtpu>=0.0.42'],  # compiles for TPUs where there are none; jax 0.10.2 pairs with 0.0.42
     'cuda': ['jax[cuda13]>=0.10.2'],
     'bench': [],  # the driver needs the core only; rivals have an environment of their own
 }

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import math
 import re
-from typing import Iterable, Mapping
+from typing import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -58,6 +58,9 @@ class Cost:
   kernels: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
 
 
+KernelFlops = Callable[[Instruction, Mapping[str, str]], float]
+
+
 def shapes_of(text: str) -> list[tuple[str, tuple[int, ...], str]]:
   """Returns the (dtype, dimensions, layout) of every array in a type."""
   return [(dtype, tuple(int(d) for d in dims.split(',') if d), layout) for dtype, dims, layout in _SHAPE.findall(text)]
@@ -93,31 +96,46 @@ def _instruction(line: str) -> Instruction:
   return Instruction(name, op, kind, tuple(re.findall(r'%[\w.\-]+', inside)), inside, after[close + 1:], root)
 
 
-def _closing(text: str, start: int) -> int:
+def _closing(text: str, start: int, pair: str = '()') -> int:
   depth = 0
   for i in range(start, len(text)):
-    depth += (text[i] == '(') - (text[i] == ')')
+    depth += (text[i] == pair[0]) - (text[i] == pair[1])
     if depth == 0:
       return i
   raise ValueError(f'no closing parenthesis in {text[:200]!r}')
 
 
-def trip_count(condition: Iterable[Instruction], default: int) -> int:
-  """Returns how often a loop that counts from 0 up to a constant runs; `default` where no constant is compared with."""
-  constants = {i.name: int(i.inside) for i in condition if i.op == 'constant' and i.inside.lstrip('-').isdigit()}
-  for i in condition:
-    if i.root and i.op == 'compare' and 'direction=LT' in i.rest:
-      return next((constants[o] for o in i.operands if o in constants), default)
-  return default
+def trip_count(condition: Iterable[Instruction], body: Iterable[Instruction], default: int) -> int:
+  """Returns how often a loop that counts from 0 up to a constant runs; `default` where no constant is compared with.
+
+  XLA may count by more than 1: loops that pass parts of a product around a ring do two rounds in one.
+  """
+  found = {i.name: i for i in condition}
+  compare = next((i for i in found.values() if i.root and i.op == 'compare' and 'direction=LT' in i.rest), None)
+  limit = next((n for o in (compare.operands if compare else ()) for n in [_constant(found.get(o))] if n is not None), None)
+  if limit is None:
+    return default
+  counter = next((found[o] for o in compare.operands if o in found and found[o].op == 'get-tuple-element'), None)
+  place = re.search(r'index=(\d+)', counter.rest) if counter else None
+  inside = {i.name: i for i in body}
+  root = next((i for i in inside.values() if i.root), None)
+  following = inside.get(root.operands[int(place.group(1))]) if place and root and root.op == 'tuple' else None
+  steps = [_constant(inside.get(o)) for o in following.operands] if following and following.op == 'add' else []
+  return -(-limit // next((n for n in steps if n), 1))
 
 
-def analyse(text: str, *, loops: int = 1, kernel_flops: Mapping[str, float] | None = None) -> Cost:
+def _constant(i: Instruction | None) -> int | None:
+  return int(i.inside) if i and i.op == 'constant' and i.inside.lstrip('-').isdigit() else None
+
+
+def analyse(text: str, *, loops: int = 1, kernel_flops: Mapping[str, KernelFlops] | None = None) -> Cost:
   """Returns what one chip does.
 
   Args:
     text: `compiled.as_text()`.
     loops: How often loops run whose end is not known before, such as that over micro-batches.
-    kernel_flops: Floating-point operations of one run of a custom kernel, by how its name begins.
+    kernel_flops: Floating-point operations of one run of a custom kernel, by how its name begins: a function of its
+      instruction and of the types of its operands by name.
   Raises:
     ValueError: if a custom kernel is of a name that `kernel_flops` does not have.
   """
@@ -130,24 +148,26 @@ def analyse(text: str, *, loops: int = 1, kernel_flops: Mapping[str, float] | No
 class _Walk:
   """Adds up what the instructions of computations do, each as often as it runs."""
 
-  def __init__(self, computations: dict[str, list[Instruction]], loops: int, kernel_flops: Mapping[str, float], cost: Cost):
+  def __init__(self, computations: dict[str, list[Instruction]], loops: int, kernel_flops: Mapping[str, KernelFlops],
+               cost: Cost):
     self._computations, self._loops, self._kernel_flops, self.cost = computations, loops, kernel_flops, cost
-    self._channels: set[str] = set()  # an asynchronous collective stands in several fusions
+    self._chains: set[str] = set()
 
   def visit(self, name: str, times: float, moves: bool):
     """Adds one computation; `moves` says whether what its instructions read and write passes through main memory."""
     types = {i.name: i.type for i in self._computations[name]}
     for i in self._computations[name]:
       kind = i.op.removesuffix('-start')
-      if kind in COLLECTIVES:
-        self._collective(i, kind, types, times)
+      if kind in COLLECTIVES and (moves or self._is_new(i)):
+        self.cost.collective_bytes[kind] += times * ring_bytes(i, kind, types)
       elif i.op in ('convolution', 'dot'):
         self.cost.flops += times * (convolution_flops if i.op == 'convolution' else dot_flops)(i, types)
       elif i.op == 'custom-call' and 'tpu_custom_call' in i.rest:
-        self._kernel(i, times)
+        self._kernel(i, types, times)
       if i.op == 'while':
         condition, body = i.called('condition')[0], i.called('body')[0]
-        self.visit(body, times * trip_count(self._computations[condition], self._loops), moves)
+        self.visit(body, times * trip_count(self._computations[condition], self._computations[body],
+                                            self._loops), moves)
       elif i.op == 'conditional':
         branches = i.called('branch_computations') or i.called('true_computation') + i.called('false_computation')
         for branch in branches:
@@ -158,19 +178,21 @@ class _Walk:
       if moves and i.op not in _FREE and not i.op.endswith('-done'):
         self.cost.hbm_bytes += times * self._moved(i, types)
 
-  def _collective(self, i: Instruction, kind: str, types: Mapping[str, str], times: float):
-    channel = re.search(r'channel_id=(\d+)', i.rest)
-    key = channel.group(1) if channel else i.name
-    if key not in self._channels:
-      self._channels.add(key)
-      self.cost.collective_bytes[kind] += times * ring_bytes(i, kind, types)
+  def _is_new(self, i: Instruction) -> bool:
+    """An asynchronous collective stands in the fusions that start it, go on with it and end it; it runs once."""
+    chain = re.search(r'chain_id="(\d+)"', i.rest)
+    if not chain:
+      return True
+    known = chain.group(1) in self._chains
+    self._chains.add(chain.group(1))
+    return not known
 
-  def _kernel(self, i: Instruction, times: float):
+  def _kernel(self, i: Instruction, types: Mapping[str, str], times: float):
     name = i.name.lstrip('%')
     known = next((k for k in self._kernel_flops if name.startswith(k)), None)
     if known is None:
       raise ValueError(f'nothing is known of the kernel {name!r}; known: {", ".join(self._kernel_flops) or "none"}')
-    self.cost.flops += times * self._kernel_flops[known]
+    self.cost.flops += times * self._kernel_flops[known](i, types)
     self.cost.kernels[known] += times
 
   def _moved(self, i: Instruction, types: Mapping[str, str]) -> float:
@@ -204,6 +226,79 @@ def _touched(inner: list[Instruction], name: str, full: int) -> tuple[int, int]:
     new = num_bytes(types.get(users[0].operands[1], ''))
     return new, max(0, full - new)
   return full, 0
+
+
+# ---- what a program must not do -----------------------------------------------------------------
+
+
+def stored(computations: dict[str, list[Instruction]], entry: str) -> Iterator[Instruction]:
+  """Yields the instructions whose results lie in memory: those outside of fusions."""
+  seen, todo = set(), [entry]
+  while todo:
+    name = todo.pop()
+    if name in seen:
+      continue
+    seen.add(name)
+    for i in computations[name]:
+      yield i
+      if i.op in ('while', 'conditional', 'call'):
+        for key in ('condition', 'body', 'branch_computations', 'true_computation', 'false_computation', 'to_apply'):
+          todo.extend(i.called(key))
+
+
+def donated(text: str) -> dict[int, str]:
+  """Returns the types of the parameters whose memory results take over, by number."""
+  computations, entry = parse(text)
+  header = text[:text.index('\n')]
+  start = header.find('input_output_alias={')
+  listed = header[start:_closing(header, header.index('{', start), '{}')] if start >= 0 else ''
+  numbers = {int(n) for n in re.findall(r': \((\d+),', listed)}
+  return {int(i.inside): i.type for i in computations[entry] if i.op == 'parameter' and int(i.inside) in numbers}
+
+
+def copies_of(text: str, types: Iterable[str], at_least: int = 1 << 20) -> dict[str, int]:
+  """Returns the bytes of copies, by dtype and dimensions, of arrays like those of `types` that have `at_least` bytes.
+
+  Copies within the main memory: what is fetched into on-chip memory and brought back has no second place there.
+  """
+  wanted = {shape[:2] for t in types for shape in shapes_of(t) if num_bytes(t) >= at_least}
+  found: dict[str, int] = collections.defaultdict(int)
+  instructions = list(stored(*parse(text)))
+  kinds = {i.name: i.type for i in instructions}
+  for i in instructions:
+    if i.op in ('copy', 'copy-start'):
+      dtype, dims, _ = shapes_of(i.type)[0]
+      on_chip = any('S(' in layout for _, of, layout in shapes_of(i.type) if of == dims)
+      if i.op == 'copy':
+        on_chip |= any('S(' in layout for _, _, layout in shapes_of(kinds.get(i.operands[0], '')))
+      if (dtype, dims) in wanted and not on_chip:
+        found[f'{dtype}[{",".join(map(str, dims))}]'] += _BYTES[dtype] * math.prod(dims)
+  return dict(found)
+
+
+def largest(text: str, divisor: int, without: Iterable[int] = ()) -> tuple[int, str]:
+  """Returns elements and type of the largest array in memory with a dimension that is a multiple of `divisor`.
+
+  Args:
+    text: `compiled.as_text()`.
+    divisor: Of a dimension.
+    without: Arrays with a dimension of one of these sizes do not count.
+  """
+  arrays = ((math.prod(dims), f'{dtype}[{",".join(map(str, dims))}]') for i in stored(*parse(text))
+            for dtype, dims, _ in shapes_of(i.type)
+            if any(d and d % divisor == 0 for d in dims) and not set(dims) & set(without))
+  return max(arrays, default=(0, ''))
+
+
+def largest_collective(text: str) -> tuple[int, str]:
+  """Returns bytes and description of the collective with the largest result on a chip, fused ones included."""
+  computations, _ = parse(text)
+  found = ((num_bytes(i.type), f'{i.op.removesuffix("-start")} {i.type}') for inside in computations.values()
+           for i in inside if i.op.removesuffix('-start') in COLLECTIVES)
+  return max(found, default=(0, ''))
+
+
+# ---- sizes --------------------------------------------------------------------------------------
 
 
 def ring_bytes(i: Instruction, kind: str, types: Mapping[str, str]) -> float:

@@ -1,0 +1,157 @@
+"""The programs of a case, lowered for its chips without having them: shapes and layouts only, no values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import Any, Callable
+
+# libtpu compiles without a TPU if it does not look for one. Read when jax starts.
+os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+# Nothing is there that two processes could fight for.
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+import jax  # noqa: E402  (the variables above come first)
+from jax.experimental import topologies  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from agentrl.algorithms import OBJECTIVES  # noqa: E402
+from agentrl.models.config import ModelConfig  # noqa: E402
+from agentrl.models.params import init_params, num_params, param_axes  # noqa: E402
+from agentrl.sharding import mesh as meshes  # noqa: E402
+from agentrl.training import step as steps  # noqa: E402
+from agentrl.training.optimizer import make_optimizer  # noqa: E402
+from agentrl.training.packing import Outcome, pack  # noqa: E402
+from agentrl.training.state import LearnerState  # noqa: E402
+from experiments.scale import hlo  # noqa: E402
+from experiments.scale.cases import Case  # noqa: E402
+
+
+def mesh_of(topology: str, shape: Any) -> jax.sharding.Mesh:
+  """Returns a mesh of chips that need not be there."""
+  devices = topologies.get_topology_desc(topology, platform='tpu').devices
+  return meshes.make_mesh(dict(shape), sorted(devices, key=lambda d: d.process_index))
+
+
+def laid_out(values: Any, axes: Any, mesh: jax.sharding.Mesh, table: meshes.Table = meshes.LOGICAL_AXES) -> Any:
+  """Returns shapes that say where they would lie."""
+  where = meshes.shardings(axes, values, mesh, table)
+  return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), values, where)
+
+
+def params_of(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+  """Returns the learner's parameters."""
+  return laid_out(jax.eval_shape(lambda: init_params(config, jax.random.key(0))), param_axes(config), mesh)
+
+
+def state_of(config: ModelConfig, optimizer: Any, mesh: jax.sharding.Mesh) -> LearnerState:
+  """Returns the learner's state, laid out as an update leaves it."""
+  params = params_of(config, mesh)
+  shapes = jax.eval_shape(optimizer.init, params)
+  opt_state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+                           steps.layout(shapes, config, mesh))
+  return LearnerState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh)))
+
+
+def batch_of(case: Case, channels: int, mesh: jax.sharding.Mesh) -> Any:
+  """Returns an update's batch, its rows split over the mesh."""
+  none = lambda dtype: np.zeros(case.rows, dtype)
+  outcome = Outcome(none(np.int32), none(np.float32), none(np.float32), none(bool))
+  stub = 8  # tokens of a row, so that nothing large is made
+  batch, _ = pack([], outcome, rows=case.rows, row_length=stub, channels=channels, micro_batches=case.micro_batches)
+
+  def shape_of(x):
+    shape = np.shape(x)
+    plane = len(shape) > 1
+    shape = (*shape[:-1], case.context) if plane else shape
+    axes = (None,) * (len(shape) - 2) + ('batch', None) if plane else (None,) * len(shape)
+    spec = meshes.spec_of(axes, shape, mesh)
+    return jax.ShapeDtypeStruct(shape, np.asarray(x).dtype, sharding=jax.NamedSharding(mesh, spec))
+
+  return jax.tree.map(shape_of, batch)
+
+
+def update(case: Case) -> jax.stages.Lowered:
+  """Returns one GRPO update with AdamW on every rollout of a step."""
+  mesh = mesh_of(case.topology, case.mesh)
+  optimizer = make_optimizer('adamw', 1e-6)
+  objective = OBJECTIVES.get('grpo')()
+  function = steps.make_update(case.model, optimizer, objective, micro_batches=case.micro_batches, mesh=mesh)
+  return function.lower(state_of(case.model, optimizer, mesh), batch_of(case, len(objective.channels), mesh),
+                        jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def with_layers(case: Case, layers: int) -> Case:
+  """Returns the case with a policy of so many layers."""
+  return dataclasses.replace(case, model=dataclasses.replace(case.model, num_layers=layers))
+
+
+def checks(case: Case, program: str, text: str) -> dict[str, Any]:
+  """Returns what of a compiled program must not be: logits whole, donated buffers copied, the cache sent about.
+
+  Args:
+    case: See there.
+    program: Its name.
+    text: Its optimised HLO.
+  """
+  shape = case.mesh if program == 'update' else case.sampler_mesh
+  ways = math.prod(n for axis, n in shape.items() if axis != 'tensor')
+  columns, width = case.model.vocab_size // shape.get('tensor', 1), case.model.width
+  # Of arrays with a dimension of the vocabulary those of weights have one of the width as well.
+  elements, array = hlo.largest(text, columns, (width, width // shape.get('fsdp', 1)))
+  whole = {'update': case.micro_rows // ways * case.context * columns, 'decode': case.slots * case.model.vocab_size,
+           'extend': case.extend_rows * case.extend_tokens * columns}[program]
+  donated = hlo.donated(text)
+  bytes_sent, sent = hlo.largest_collective(text)
+  return {
+      'logits': {'largest': array, 'elements': elements, 'whole': whole, 'is_whole': elements >= whole},
+      'donated': {'bytes': sum(hlo.num_bytes(t) for t in donated.values()),
+                  'copies': hlo.copies_of(text, donated.values())},
+      'collective': {'largest': sent.partition('{')[0], 'bytes': bytes_sent, 'is_cache': program != 'update' and (
+          bytes_sent >= min(hlo.num_bytes(t) for t in donated.values()))},
+  }
+
+
+def loops(case: Case, program: str) -> int:
+  """Returns how often the loop runs whose end the compiler does not know: over micro-batches, or over tokens."""
+  return {'update': case.micro_batches, 'decode': case.chunk}.get(program, 1)
+
+
+def bytes_beside(case: Case, program: str) -> int:
+  """Returns what a chip holds meanwhile that is no argument of the program: the learner's state, the sampler's weights."""
+  if program == 'update':
+    return num_params(case.model) * 2 // math.prod(case.sampler_mesh.values())
+  # Master weights and Adam's two moments in float32.
+  return num_params(case.model) * 12 // case.chips
+
+
+def _causal_products(products: int):
+  """Returns the floating-point operations of a splash kernel that makes so many products of each block."""
+  def of(i, types):
+    # Queries come first of what is not the mask's.
+    heads, length, width = next(dims for o in i.operands for dtype, dims, _ in hlo.shapes_of(types[o])
+                                if dtype == 'bf16' and len(dims) == 3)
+    blocks = -(-length // 512)
+    return products * 2.0 * heads * width * 512**2 * blocks * (blocks + 1) / 2
+  return of
+
+
+def _grouped(i, types):
+  """Returns the floating-point operations of a megablox kernel: every row meets one matrix."""
+  shapes = [dims for o in i.operands for _, dims, _ in hlo.shapes_of(types[o]) if len(dims) >= 2]
+  (_, out, _), = hlo.shapes_of(i.type)[:1]
+  rows = max(d[0] for d in shapes if len(d) == 2)
+  inner = next(d for d in shapes if len(d) == 2)
+  return 2.0 * rows * inner[-1] * out[-1] if len(out) == 2 else 2.0 * rows * out[-1] * out[-2]
+
+
+KERNEL_FLOPS = {'splash_mha_fwd': _causal_products(2), 'splash_mha_dq': _causal_products(3),
+                'splash_mha_dkv': _causal_products(4), 'gmm': _grouped, 'tgmm': _grouped}
+# Whose layers are a loop: compiled whole. The others' are not, and are compiled twice with a few.
+SCANNED = ('update',)
+FEW_LAYERS = (2, 4)
+PROGRAMS: dict[str, Callable[[Case], jax.stages.Lowered]] = {'update': update}
