@@ -88,8 +88,12 @@ def get_config() -> ConfigDict:
   c.rollout.turn_tokens = 64
   c.rollout.trajectory_tokens = 192
   c.rollout.context_tokens = 256
-  c.rollout.capacities = ()  # sizes of the cache, in tokens a slot; () for a geometric series up to context_tokens
+  c.rollout.capacities = ()  # sizes of the cache, in tokens a slot on average; () for a geometric series up to context_tokens
+  c.rollout.block = 0  # tokens of a block of the cache, which contexts share; 0 for about 64
   c.rollout.token_buckets = ()  # tokens of a row that one extension writes; () for 16 and 64
+  c.rollout.priorities = ('begun',)  # who gets a free slot first, see agentrl/rollout/priorities.py; then who asked first
+  c.rollout.patience = None  # seconds a session may wait in its slot while others want one; None for a chunk's time
+  c.rollout.parked_megabytes = 256  # host memory for the cache of sessions that lost their slots; the rest is computed again
   c.rollout.temperature = 1.0
   c.rollout.constrain = False  # draw within calls only what can become one for one of the tools; needs the extra 'constrain'
   c.rollout.speculate = 0  # tokens guessed from a trajectory's own text and checked in one pass; 0 draws one a pass

@@ -57,7 +57,7 @@ class TinyPolicy:
     key = (slots, chunk, tuple(capacities), tuple(sorted(settings.items())))
     if key not in self._samplers:
       self._samplers[key] = Sampler(self.config, slots=slots, context=CONTEXT, chunk=chunk,
-                                    capacities=capacities, row_buckets=(slots,),
+                                    capacities=capacities, row_buckets=(slots,), block=16,
                                     token_buckets=(16,), **settings)
       self._samplers[key].set_params(self.params)
     return self._samplers[key]

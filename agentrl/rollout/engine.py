@@ -1,8 +1,7 @@
 """Runs agent programs on the slots of one sampler.
 
 A program awaits its session; the engine draws for all sessions that want a turn in one device call, and while it runs
-the event loop serves everyone's tools. A session that waits for a tool keeps its slot, and its cache, until the slot is
-needed and nothing else can run.
+the event loop serves everyone's tools. Who has a slot is the business of `agentrl.rollout.slots`.
 """
 
 from __future__ import annotations
@@ -15,24 +14,27 @@ import time
 from typing import Any, AsyncIterator, Awaitable, Callable, Sequence
 
 from absl import logging
-import numpy as np
 
 from agentrl.core.types import Boundary, Status, Task, Trajectory
 from agentrl.models.params import Params
 from agentrl.rollout.budget import Limits
 from agentrl.rollout.journal import Journal
+from agentrl.rollout.priorities import PRIORITIES
 from agentrl.rollout.session import Session, TrajectoryEnded
+from agentrl.rollout.slots import Slots
+from agentrl.rollout.stats import EngineStats, Timeline
 from agentrl.sampling.constrain import Grammar
-from agentrl.sampling.sampler import MAX_STOPS, Draws, Extension, Sampler, SlotRequest
+from agentrl.sampling.contexts import CacheFull
+from agentrl.sampling.sampler import MAX_STOPS, Draws, Sampler, SlotRequest
 from agentrl.tools.recording import RECORDING
 
 Program = Callable[[Session], Awaitable[None]]
 
-# A prefix shorter than this is recomputed rather than copied from another slot.
-MIN_SHARED_TOKENS = 4
 # A step costs the same however few slots take part, so sessions that may come back within the time of a chunk
 # are waited for: at least and at most this long, seconds.
 LINGER_SECONDS = (0.002, 0.05)
+# Share of waits that must be so short, for this to be worth it.
+QUICK = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,27 +47,12 @@ class Job:
   program: Program
 
 
-@dataclasses.dataclass
-class EngineStats:
-  """What the engine did since its `stats` were last replaced: seconds, tokens and counts."""
-
-  decode_seconds: float = 0.0
-  extend_seconds: float = 0.0
-  idle_seconds: float = 0.0
-  total_seconds: float = 0.0
-  decoded_tokens: int = 0
-  extended_tokens: int = 0
-  shared_tokens: int = 0
-  steps: int = 0  # passes through the network that drew the decoded tokens
-  chunks: int = 0
-  evictions: int = 0
-
-
 class Engine:
   """Collects trajectories from one sampler."""
 
   def __init__(self, sampler: Sampler, tokenizer: Any, *, limits: Limits = Limits(), seed: int = 0,
-               grammar: Grammar | None = None):
+               grammar: Grammar | None = None, priorities: Sequence[str] = ('begun',), patience: float | None = None,
+               parked_bytes: int = 1 << 28):
     """Makes an engine.
 
     Args:
@@ -74,30 +61,46 @@ class Engine:
       limits: Of every trajectory, unless a program's session is given others.
       seed: Of all draws.
       grammar: What turns may be, unless a program gives its session another; None to draw freely.
+      priorities: Names of rules, see `agentrl.rollout.priorities`: who of those that want a slot gets one first.
+      patience: Seconds that a session may wait in its slot while others want one; None for as long as a chunk takes.
+      parked_bytes: Host memory for the cache of sessions that had to leave their slots.
     Raises:
       ValueError: if the sampler has no room for the limits' context, or was not made for a grammar.
+      agentrl.core.registry.UnknownNameError: if there is no such rule.
     """
     if grammar and not sampler.masks:
       raise ValueError('the engine has a grammar, and its sampler was not made with constrained=True')
-    if limits.context_tokens > sampler.capacities[-1]:
-      raise ValueError(f'context_tokens={limits.context_tokens} is above the sampler\'s largest cache capacity of '
-                       f'{sampler.capacities[-1]} tokens')
+    if limits.context_tokens > sampler.context:
+      raise ValueError(f'context_tokens={limits.context_tokens} is above the sampler\'s longest context of '
+                       f'{sampler.context} tokens')
     self.sampler = sampler
     self.tokenizer = tokenizer
     self.limits = limits
     self.seed = seed
     self.grammar = grammar
-    self.stats = EngineStats()
     self.version = 0  # of the policy whose weights the sampler has
-    self._resident = np.zeros((sampler.slots, sampler.capacities[-1]), np.int32)
-    self._resident_lengths = np.zeros(sampler.slots, np.int64)
-    self._owners: list[Session | None] = [None] * sampler.slots
+    self._slots = Slots(sampler, [PRIORITIES.get(name) for name in priorities], parked_bytes)
+    self._patience = patience
     self._chunk_seconds = 0.0  # running mean
-    self._queue: list[Session] = []  # asked for a turn, have no slot
-    self._ready: list[Session] = []  # asked for a turn, have a slot
+    self._quick = 1.0  # share of waits shorter than a chunk, running mean
     self._tasks: set[asyncio.Task] = set()
+    self._adopted: list[tuple[Session, asyncio.Task]] = []
     self._stop_cache: dict[tuple[str, ...], tuple[tuple[int, ...], tuple[str, ...]]] = {}
     self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='decode')
+
+  @property
+  def stats(self) -> EngineStats:
+    """What was done since they were last replaced."""
+    return self._slots.stats
+
+  @stats.setter
+  def stats(self, stats: EngineStats):
+    self._slots.stats = stats
+
+  @property
+  def timeline(self) -> Timeline:
+    """What the slots did when."""
+    return self._slots.timeline
 
   def close(self):
     """Ends the engine's thread."""
@@ -141,10 +144,11 @@ class Engine:
     """A block in which programs may be begun and `serve` is called for them; those left at its end are cut."""
     started = time.perf_counter()
     self._enough, self._cutting, self._on_done = enough, False, on_done
-    self._forget_cache()
+    self._slots.clear()
+    self.sampler.reset()
     self.version = policy_version
     self._wake, self._called = asyncio.Event(), False
-    self._adopted: list[tuple[Session, asyncio.Task]] = []
+    self._adopted = []
     try:
       yield
     finally:
@@ -153,8 +157,7 @@ class Engine:
       await asyncio.gather(*self._tasks, return_exceptions=True)
       # A decode that was under way when we were cancelled would write the next collection's cache.
       self._pool.submit(lambda: None).result()
-      self._queue.clear()
-      self._ready.clear()
+      self._slots.clear()
       self.stats.total_seconds += time.perf_counter() - started
 
   def begin(self, job: Job, journals: dict[tuple[int, ...], Journal] | None = None) -> Session:
@@ -198,10 +201,8 @@ class Engine:
     self.sampler.set_params(params)
     self.version = version
     if not keep_cache:
-      for session in self._owners:
-        if session is not None:
-          session.cached = 0
-      self._forget_cache()
+      self._slots.forget(self.under_way())
+      self.sampler.reset()
 
   def adopt(self, session: Session, program: Program) -> asyncio.Task:
     """Starts a program on a session: a job's, or a fork's. Returns its asyncio task, which raises only what `on_done`
@@ -250,7 +251,8 @@ class Engine:
       session.finish(Status.AGENT_FAILURE, boundary=Boundary.AGENT, detail=f'{type(e).__name__}: {e}')
     finally:
       trajectory.seconds = time.perf_counter() - started
-      self._release(session)
+      self._slots.leave(session)
+      self._slots.outlook.note(trajectory)
     if on_done:
       on_done(trajectory)
 
@@ -273,182 +275,106 @@ class Engine:
 
   def submit(self, session: Session):
     """Takes a session's request for a turn."""
-    (self._queue if session.slot is None else self._ready).append(session)
+    self._slots.submit(session)
+    waited = session.asked_at - session.waiting_since
+    self.stats.tool_seconds += waited
+    self._quick += 0.05 * ((waited < self._linger_seconds) - self._quick)
     self._wake.set()
 
   def withdraw(self, session: Session):
     """Takes back a session's request for a turn."""
-    for waiting in (self._queue, self._ready):
-      if session in waiting:
-        waiting.remove(session)
+    self._slots.withdraw(session)
 
-  def rolled_back(self, session: Session):
-    """Takes note that a session's context became shorter."""
-    if session.slot is not None:
-      self._resident_lengths[session.slot] = min(self._resident_lengths[session.slot], session.cached)
+  def forked(self, session: Session, forks: Sequence[Session]):
+    """Takes note that sessions go on from where `session` is."""
+    self._slots.forked(session, forks)
 
   # ---- the pump ---------------------------------------------------------------------------------
 
   async def serve(self):
     """Draws a chunk for all that want one; waits for something to happen if none does."""
     await self._settle()
-    self._assign_slots()
-    if self._ready:
-      self._extend(self._ready)
+    slots = self._slots
+    slots.admit(self._linger_seconds if self._patience is None else self._patience)
+    slots.extend()
+    if slots.ready:
       await self._decode()
     elif self._tasks:
       started = time.perf_counter()
       self._wake.clear()
-      if not self._queue and not self._ready and not self._called:
+      if not slots.queue:
         await self._wake.wait()
-      self._called = False
+      slots.timeline.add('device', 'idle', started)
       self.stats.idle_seconds += time.perf_counter() - started
 
   def wake(self):
-    """Makes a `serve` return that waits, or is about to."""
-    self._called = True
+    """Makes a `serve` that waits return."""
     self._wake.set()
+
+  @property
+  def _linger_seconds(self) -> float:
+    return min(max(self._chunk_seconds, LINGER_SECONDS[0]), LINGER_SECONDS[1])
 
   async def _settle(self):
     """Lets programs run until few of those that took over a moment ago are likely to come back soon."""
-    linger = min(max(self._chunk_seconds, LINGER_SECONDS[0]), LINGER_SECONDS[1])
-    deadline = time.perf_counter() + linger
     await asyncio.sleep(0)
-    while True:
+    started, linger, owners = time.perf_counter(), self._linger_seconds, self._slots.owners
+    while self._quick > QUICK:
       now = time.perf_counter()
-      held = sum(1 for s in self._owners if s is not None)
-      young = sum(1 for s in self._owners
-                  if s is not None and s.request is None and now - s.waiting_since < linger)
-      if now > deadline or not young or len(self._ready) >= held - held // 8:
-        return
+      held = sum(1 for s in owners if s is not None)
+      young = sum(1 for s in owners if s is not None and s.request is None and now - s.waiting_since < linger)
+      if now > started + linger or not young or len(self._slots.ready) >= held - held // 8:
+        break
       self._wake.clear()
       try:
-        await asyncio.wait_for(self._wake.wait(), deadline - now)
+        await asyncio.wait_for(self._wake.wait(), started + linger - now)
       except asyncio.TimeoutError:
-        return
-
-  def _assign_slots(self):
-    """Gives free slots to queued sessions, with what a slot already holds of their context."""
-    if not self._queue:
-      return
-    free = [i for i, owner in enumerate(self._owners) if owner is None]
-    if not free and not self._ready:
-      free = [self._evict()]
-    taken = self._queue[:len(free)]
-    del self._queue[:len(free)]
-    leaders: dict[tuple[int, ...], Session] = {}
-    forks: list[tuple[int, int]] = []
-    followers: list[tuple[Session, Session]] = []
-    targets: set[int] = set()
-    for session in taken:
-      context = session.context.tokens[:-1]
-      shared = self._shared_prefixes(context)
-      shared[list(targets)] = 0
-      donor = int(np.argmax(shared)) if len(context) else 0
-      slot = donor if donor in free and shared[donor] else free[-1]
-      free.remove(slot)
-      targets.add(slot)
-      key, held = tuple(context.tolist()), int(shared[donor])
-      if key in leaders and held < len(key) >= MIN_SHARED_TOKENS:
-        session.cached = 0
-        followers.append((leaders[key], session))
-      else:
-        leaders.setdefault(key, session)
-        session.cached = held if slot == donor or held >= MIN_SHARED_TOKENS else 0
-        if session.cached and slot != donor:
-          forks.append((donor, slot))
-          self.stats.shared_tokens += held
-      session.slot = slot
-      self._owners[slot] = session
-      self._note_resident(session)
-    self.sampler.fork(forks)
-    self._ready.extend(taken)
-    if followers:
-      self._extend([leader for leader in leaders.values()])
-      self.sampler.fork([(leader.slot, s.slot) for leader, s in followers])
-      for leader, session in followers:
-        session.cached = leader.cached
-        self.stats.shared_tokens += session.cached
-        self._note_resident(session)
-
-  def _shared_prefixes(self, context: np.ndarray) -> np.ndarray:
-    """Returns [S] how many leading tokens of `context` each slot holds."""
-    n = len(context)
-    same = self._resident[:, :n] == context[None]
-    same &= np.arange(n)[None] < self._resident_lengths[:, None]
-    return np.where(same.all(axis=1), n, same.argmin(axis=1)) if n else np.zeros(len(same), np.int64)
-
-  def _note_resident(self, session: Session, since: int = 0):
-    """Takes note of what a slot holds, unchanged before position `since`."""
-    fresh = session.context.tail(since)[:session.cached - since]
-    self._resident[session.slot, since:session.cached] = fresh
-    self._resident_lengths[session.slot] = session.cached
-
-  def _evict(self) -> int:
-    """Takes the slot from the session that has waited longest for something else than a turn."""
-    waiting = [s for s in self._owners if s is not None]
-    victim = min(waiting, key=lambda s: s.waiting_since)
-    slot = victim.slot
-    self._release(victim)
-    self.stats.evictions += 1
-    return slot
-
-  def _release(self, session: Session):
-    if session.slot is not None:
-      self._owners[session.slot] = None
-      session.slot = None
-      session.cached = 0
-    self.withdraw(session)
-
-  def _forget_cache(self):
-    """The weights changed: nothing in the cache is of use."""
-    self._resident_lengths[:] = 0
-    self.sampler.reset()
-
-  def _extend(self, sessions: Sequence[Session]):
-    """Writes every token of the sessions' contexts but the last into their slots."""
-    started = time.perf_counter()
-    extensions = []
-    longest = 0
-    for s in sessions:
-      longest, before = max(longest, len(s.context)), s.cached
-      if before < len(s.context) - 1:
-        extensions.append(Extension(s.slot, s.context.tail(before)[:-1], before))
-        s.cached = len(s.context) - 1
-        self._note_resident(s, before)
-    self.sampler.reserve(longest)
-    self.sampler.extend(extensions)
-    self.stats.extended_tokens += sum(len(e.tokens) for e in extensions)
-    self.stats.extend_seconds += time.perf_counter() - started
+        break
+    if self._slots.ready or self._slots.queue:
+      self._slots.timeline.add('device', 'linger', started)
+      self.stats.linger_seconds += time.perf_counter() - started
+    else:
+      self.stats.idle_seconds += time.perf_counter() - started
 
   async def _decode(self):
     """Draws one chunk for every ready session and hands out what is done."""
-    started = time.perf_counter()
-    active = {s.slot: (s, s.request) for s in self._ready}
-    reach, steps = self.sampler.reach, self.sampler.steps
-    self.sampler.reserve(max(len(s.context) + min(reach, s.request.budget) for s in self._ready))
+    slots, sampler, stats = self._slots, self.sampler, self.stats
+    active = {s.slot: (s, s.request) for s in slots.ready}
     requests = {
         slot: SlotRequest(int(s.context.tail(-1)[0]), s.cached, s.request.budget, s.seed, s.request.stop_ids,
                           s.request.cursor(s.context))
         for slot, (s, _) in active.items()}
     # Back to the host as soon as some are done: others may want their slots, or they their tools.
-    enough = max((len(active) + 3) // 4, self.sampler.slots // 8, 1)
+    enough = max((len(active) + 3) // 4, sampler.slots // 8, 1)
     floor = max(0, len(active) - enough)
-    draws = await asyncio.get_running_loop().run_in_executor(self._pool, self.sampler.decode, requests, floor)
+    started, steps, prefill = time.perf_counter(), sampler.steps, sampler.prefill_seconds
+    try:
+      draws = await asyncio.get_running_loop().run_in_executor(self._pool, sampler.decode, requests, floor)
+    except CacheFull:
+      if not slots.make_room(min(slots.ready, key=lambda s: s.asked_at)):
+        raise
+      return
     now = time.perf_counter()
     for slot, (session, request) in active.items():
       # It may have been cancelled, or another turn asked for, meanwhile.
       if session.slot == slot and session.request is request:
         self._record(session, draws[slot], now)
     self._chunk_seconds += 0.2 * (now - started - self._chunk_seconds)
-    self.stats.decode_seconds += now - started
-    self.stats.decoded_tokens += sum(len(d.tokens) for d in draws.values())
-    self.stats.steps += self.sampler.steps - steps
-    self.stats.chunks += 1
+    prefill, steps = sampler.prefill_seconds - prefill, sampler.steps - steps
+    stats.prefill_seconds += prefill
+    stats.decode_seconds += now - started - prefill
+    slots.timeline.add('device', 'prefill', started, started + prefill)
+    slots.timeline.add('device', 'decode', started + prefill, now)
+    stats.decoded_tokens += sum(len(d.tokens) for d in draws.values())
+    stats.steps += steps
+    stats.slot_steps += steps * sampler.slots
+    stats.chunks += 1
+    stats.stored_tokens += sampler.contexts.stored
+    stats.cache_tokens += sampler.cache.blocks * sampler.block
 
   def _record(self, session: Session, draws: Draws, now: float):
     """Appends what a session drew to its trajectory and ends its turn where it is to end."""
-    request, context, before = session.request, session.context, session.cached
+    request, context = session.request, session.context
     context.append_sampled(draws.tokens, draws.log_probs, draws.entropies, session.num_turns, self.version,
                            draws.masks)
     session.cached += len(draws.tokens)
@@ -461,9 +387,9 @@ class Engine:
         context.truncate(request.start + kept)
         session.cached = min(session.cached, len(context) - 1)
         reason = 'stop'
-    self._note_resident(session, min(before, session.cached))
     if reason:
-      self._ready.remove(session)
+      self._slots.ready.remove(session)
+      self._slots.timeline.begin(session.slot, session.label, 'wait')
       session.waiting_since = now
       request.future.set_result(reason)
 

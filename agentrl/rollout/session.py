@@ -16,6 +16,7 @@ from agentrl.sampling.constrain import Cursor, Grammar
 
 if TYPE_CHECKING:
   from agentrl.rollout.engine import Engine
+  from agentrl.sampling.contexts import Parked
 
 
 class TrajectoryEnded(Exception):
@@ -93,8 +94,17 @@ class Session:
     self.discarded = False  # left out of what is collected
     self._drawn = 0  # tokens, those forgotten since included
     self._descendants = 0  # of a root: sessions forked from it and from its forks
+    self.parked: Parked | None = None  # what left the cache with the slot
+    self.policy = ''  # of those that the engine's sampler has, the one that draws
     self.waiting_since = 0.0  # when the program last took over, for the engine's scheduling
+    self.asked_at = 0.0  # when it last asked for a turn
     self._forks = 0
+
+  @property
+  def label(self) -> str:
+    """Names the session in the timeline."""
+    t = self.trajectory
+    return '/'.join((t.task.id, str(t.sample), *map(str, t.path)))
 
   @property
   def context(self):
@@ -310,7 +320,6 @@ class Session:
     t.fork_points = tuple((n, shifted(at) if n == last else at) for n, at in t.fork_points)
     t.loss_from = shifted(t.loss_from)
     self.cached = min(self.cached, start, max(0, len(self.context) - 1))
-    self.engine.rolled_back(self)
 
   def discard(self):
     """Leaves the trajectory out of what is collected: others go on in its place. Its program should return."""
@@ -347,7 +356,6 @@ class Session:
     t.fork_points = tuple(min(point, here) for point in t.fork_points)
     if t.fork_points:
       t.fork_point = t.fork_points[-1][1]
-    self.engine.rolled_back(self)
 
   def _cut(self, length: int):
     self.context.truncate(length)
@@ -379,6 +387,7 @@ class Session:
           parent_path=t.path, fork_point=len(self.context),
           fork_points=(*t.fork_points, (len(t.segments), len(self.context))), segments=[s.copy() for s in t.segments],
           turns=[dataclasses.replace(turn) for turn in t.turns]), self.limits, self.root, self.journals)
-      fork.grammar = self.grammar
+      fork.grammar, fork.policy = self.grammar, self.policy
       forks.append(fork)
+    self.engine.forked(self, forks)
     return forks

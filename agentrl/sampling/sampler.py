@@ -1,8 +1,9 @@
-"""A cache with the compiled functions that work on it, in a few fixed shapes."""
+"""A cache with the compiled functions that work on it, in a few fixed shapes, and the books of what it holds."""
 
 from __future__ import annotations
 
 import functools
+import time
 from typing import Callable, NamedTuple, Sequence
 
 import jax
@@ -12,14 +13,19 @@ import numpy as np
 
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import Params
+from agentrl.sampling import cache as caches
 from agentrl.sampling import functions
 from agentrl.sampling import speculation as speculations
 from agentrl.sampling.constrain import Cursor, MaskTable
+from agentrl.sampling.contexts import Contexts, Copy, Parked, Write
 from agentrl.sampling.draw import SamplingParams
 from agentrl.sampling.speculation import Speculation
 from agentrl.sharding import mesh as meshes
 
 MAX_STOPS = 8
+# Blocks that one call copies, and that one call takes out of the cache or puts back.
+COPY_ROWS = 8
+PARK_ROWS = 4
 
 
 class Extension(NamedTuple):
@@ -76,17 +82,26 @@ def buckets(smallest: int, largest: int) -> tuple[int, ...]:
   return tuple(dict.fromkeys(sizes))
 
 
-class Sampler:
-  """S slots of cache and the functions that fill and read them.
+def block_of(context: int) -> int:
+  """Returns a size of blocks, about 64 tokens, of which contexts of `context` tokens waste little.
 
-  Shapes are taken from fixed sets, so that nothing compiles after `warm_up`. Calls block until the device is done,
-  except `extend` and `fork`, which return at once.
+  >>> block_of(80), block_of(112), block_of(4096)
+  (80, 56, 64)
+  """
+  return -(-context // max(1, round(context / 64)) // 8) * 8
+
+
+class Sampler:
+  """S slots, the cache of their contexts, and the functions that fill and read it.
+
+  Shapes are taken from fixed sets, so that nothing compiles after `warm_up`. What is to be computed of known tokens is
+  noted, and done in as few calls as possible before the next draw. Only `decode` waits for the device.
   """
 
   def __init__(self, config: ModelConfig, *, slots: int, context: int, chunk: int = 16,
                sampling: SamplingParams = SamplingParams(), capacities: Sequence[int] | None = None,
                row_buckets: Sequence[int] | None = None, token_buckets: Sequence[int] | None = None,
-               mesh: Mesh | None = None, speculation: Speculation | None = None,
+               block: int = 0, mesh: Mesh | None = None, speculation: Speculation | None = None,
                constrained: bool = False):
     """Makes a sampler without parameters; see `set_params`.
 
@@ -96,16 +111,21 @@ class Sampler:
       context: Longest context, tokens.
       chunk: Passes through the network in one call of `decode`, at most.
       sampling: The distribution drawn from.
-      capacities: Sizes the cache may have; attention reads no more than the one in use.
+      capacities: Sizes the cache may have, in tokens a slot on average; a step reads all of the one in use. The largest
+        may be below `context`: then not all slots can be long at once.
       row_buckets: Numbers of rows an extension may have.
       token_buckets: Numbers of tokens of a row that one extension may write; longer ones take several.
+      block: Tokens of a block of the cache; 0 for about 64.
       mesh: Of this process's devices, where parameters and cache are to live; None for where the parameters lie. It
         has all the devices that they lie on, or, in a run of one process, none of them.
       speculation: Guess tokens from the slot's own text, so that a pass may draw several; None for one a pass.
       constrained: Whether turns may follow a grammar: the host is then asked for masks at every step.
+    Raises:
+      ValueError: if the cache could not hold one context.
     """
     self.config = config
     self.slots = slots
+    self.context = context
     self.chunk = chunk
     self.reach = chunk * (1 + speculation.tokens if speculation else 1)  # most tokens a slot draws in one `decode`
     self.sampling = sampling
@@ -113,17 +133,18 @@ class Sampler:
     self.masks = None
     if constrained:
       self.masks = MaskTable(slots, config.vocab_size, 1 + speculation.tokens if speculation else 1)
-    self.steps = 0  # passes through the network so far
-    self.capacities = tuple(sorted(capacities or buckets(min(64, context), context)))
-    if self.capacities[-1] < context:
-      raise ValueError(f'the largest cache capacity {self.capacities[-1]} is below the context of {context} tokens')
-    if speculation and speculation.tokens >= self.capacities[0]:
-      raise ValueError(f'{speculation} proposes more tokens than the smallest cache capacity {self.capacities[0]} holds')
-    # What is guessed from: the tokens that each slot holds, and the pending one.
-    self._tokens = np.zeros((slots, self.capacities[-1] + 1 if speculation else 0), np.int32)
+    self.steps = 0  # passes through the network so far, of `decode`
+    self.prefill_seconds = 0.0  # that `decode` waited for known tokens, so far
+    self.block = min(block or block_of(context), context)
+    capacities = sorted(capacities or buckets(min(64, context), context))
+    sizes = sorted({slots * -(-capacity // self.block) for capacity in capacities})
+    if sizes[-1] * self.block < context:
+      raise ValueError(f'the cache would have room for {sizes[-1] * self.block} tokens, {slots} slots of {capacities[-1]}, '
+                       f'but one context may have {context}; raise capacities or lower context')
     self.row_buckets = tuple(sorted(row_buckets or {min(2, slots), min(8, slots), slots}))
     self.token_buckets = tuple(sorted(token_buckets or {min(16, context), min(64, context)}))
-    self._params: Params | None = None
+    self.contexts = Contexts(slots, context, self.block, sizes, self.reach)
+    self._params: dict[str, Params] = {}
     self._mesh = mesh
     self._view = jax.jit(functools.partial(functions.sampler_view, config=config)) if mesh is None else None
     self._place(None)
@@ -139,27 +160,34 @@ class Sampler:
     if self.masks and where is not None:
       self.masks.everywhere = NamedSharding(where.mesh, PartitionSpec())
     self._extend = jit(functools.partial(functions.extend, config=self.config), donate_argnums=1)
-    self._fork = jit(functions.fork, donate_argnums=0)
-    self._resize = jit(functions.resize, static_argnums=1)
+    self._copy = jit(caches.copy, donate_argnums=0)
+    self._put = jit(caches.put, donate_argnums=0)
+    self._take = jax.jit(caches.take)
+    self._resize = jit(caches.resize, static_argnums=1)
     settings = dict(config=self.config, steps=self.chunk, sampling=self.sampling, masks=self.masks)
     decode = functools.partial(functions.decode, **settings)
     if self.speculation:
       decode = functools.partial(speculations.decode, **settings, speculation=self.speculation)
     self._decode = jax.jit(decode, donate_argnums=1, out_shardings=(where, None))
 
-  def set_params(self, params: Params):
+  def set_params(self, params: Params, policy: str = ''):
     """Takes new weights, learner's view. What the cache holds is of the old ones from here on.
 
     Given a mesh, every process of the run must call it: each is sent what its devices lack.
+
+    Args:
+      params: Of the sampler's config.
+      policy: Of several that share the cache, which one.
     """
     if self._view is None:
       self._view = self._make_view(params)
-    self._params = self._view(params)
+    view = self._view(params)
     if self._mesh is not None:
-      self._params = meshes.own_part(self._params, self._mesh)
-    of = self._params['embedding'].sharding
+      view = meshes.own_part(view, self._mesh)
+    self._params[policy] = view
+    of = view['embedding'].sharding
     if isinstance(of, NamedSharding):
-      spec = meshes.spec_of(('slots', 'kv_heads'), (self.slots, self.config.num_kv_heads), of.mesh)
+      spec = meshes.spec_of(('slots', 'kv_heads'), (self.contexts.sizes[0], self.config.num_kv_heads), of.mesh)
       where = NamedSharding(of.mesh, spec)
       if where != self._where:
         self._place(where)
@@ -176,74 +204,164 @@ class Sampler:
       return lambda params: jax.device_put(made(params), where)
     return jax.jit(view, out_shardings=where)
 
+  @property
+  def policies(self) -> tuple[str, ...]:
+    """Those whose parameters are set."""
+    return tuple(self._params)
+
   def reset(self):
     """Empties the cache and makes it small again."""
-    self.cache = functions.init_cache(self.config, self.slots, self.capacities[0])
+    self.contexts.clear()
+    self.cache = caches.init(self.config, self.contexts.size, self.block)
     if self._where is not None:
       self.cache = jax.device_put(self.cache, self._where)
-    # An idle slot's place in a decode writes rubbish; this is where it does no harm.
-    self._held = np.zeros(self.slots, np.int32)
 
-  def reserve(self, tokens: int):
-    """Makes room for contexts of `tokens` tokens, keeping what the cache holds.
+  @property
+  def block_bytes(self) -> int:
+    """Bytes of a block, in all layers."""
+    return sum(x.nbytes for x in jax.tree.leaves(self.cache)) // self.cache.blocks
 
-    Raises:
-      ValueError: if the largest capacity is smaller.
+  # ---- contexts ---------------------------------------------------------------------------------
+
+  def open(self, slot: int, tokens: np.ndarray, policy: str = '') -> int:
+    """Gives a slot what the cache has of the beginning of a context, and returns how many tokens that are.
+
+    Args:
+      slot: What it held before is let go.
+      tokens: [n] int32. What the context is to begin with.
+      policy: Whose context it is.
     """
-    if tokens <= self.cache.capacity:
-      return
-    fitting = [c for c in self.capacities if c >= tokens]
-    if not fitting:
-      raise ValueError(f'a context of {tokens} tokens does not fit the largest cache capacity {self.capacities[-1]}')
-    # One step at a time: the sequence of shapes is then the one that `warm_up` compiled.
-    for capacity in self.capacities[self.capacities.index(self.cache.capacity) + 1:]:
-      self.cache = self._resize(self.cache, capacity)
-      if capacity == fitting[0]:
-        return
+    self._settle(slot)
+    return self.contexts.open(slot, np.asarray(tokens, np.int32), policy)
 
-  def extend(self, extensions: Sequence[Extension]):
-    """Writes tokens into slots; each slot at most once a call. The cache must have room."""
-    todo = [e for e in extensions if len(e.tokens)]
-    while todo:
-      widest = self.token_buckets[-1]
-      by_width: dict[int, list[Extension]] = {}
-      rest = []
-      for e in todo:
-        width = next((b for b in self.token_buckets if b >= len(e.tokens)), widest)
-        by_width.setdefault(width, []).append(Extension(e.slot, e.tokens[:width], e.start))
-        if len(e.tokens) > width:
-          rest.append(Extension(e.slot, e.tokens[width:], e.start + width))
-      for width, rows in by_width.items():
-        for part in _split_rows(rows, self.row_buckets):
-          self._extend_rows(part, width)
-      todo = rest
+  def close(self, slot: int):
+    """Empties a slot. Contexts that begin as its did find what it held, while there is room."""
+    self._settle(slot)
+    self.contexts.close(slot)
 
-  def _extend_rows(self, part: list[Extension], width: int):
-    rows = next(b for b in self.row_buckets if b >= len(part))
-    slots = np.full(rows, self.slots, np.int32)
-    tokens = np.zeros((rows, width), np.int32)
-    starts, counts = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-    for r, e in enumerate(part):
-      slots[r], starts[r], counts[r] = e.slot, e.start, len(e.tokens)
-      tokens[r, :len(e.tokens)] = e.tokens
-      self._held[e.slot] = e.start + len(e.tokens)
-      self._remember(e.slot, e.start, e.tokens)
-    self.cache = self._extend(self._params, self.cache, slots, tokens, starts, counts)
-
-  def _remember(self, slot: int, start: int, tokens: Sequence[int]):
-    if self.speculation:
-      self._tokens[slot, start:start + len(tokens)] = tokens
+  def note(self, slot: int):
+    """Lets contexts that are opened from here on begin as the slot's does."""
+    self.contexts.note(slot)
 
   def fork(self, pairs: Sequence[tuple[int, int]]):
-    """Copies slots: (source, target) pairs; no target may be another pair's source or target."""
-    for part in _split_rows(list(pairs), self.row_buckets):
-      rows = next(b for b in self.row_buckets if b >= len(part))
-      sources, targets = np.zeros(rows, np.int32), np.full(rows, self.slots, np.int32)
-      for r, (source, target) in enumerate(part):
-        sources[r], targets[r] = source, target
-        self._held[target] = self._held[source]
-        self._tokens[target] = self._tokens[source]
-      self.cache = self._fork(self.cache, sources, targets)
+    """Gives slots the contexts of others: (source, target) pairs."""
+    for source, target in pairs:
+      self.contexts.note(source)
+      context = self.contexts.contexts[source]
+      self.open(target, self.contexts.tokens[source, :context.held], context.policy)
+
+  def truncate(self, slot: int, length: int):
+    """Cuts a slot's context to `length` tokens."""
+    context = self.contexts.contexts[slot]
+    if context is not None and length < context.held:
+      self._settle(slot)
+      self.contexts.truncate(slot, length)
+
+  def extend(self, extensions: Sequence[Extension]):
+    """Has tokens written into slots, which are cut where these start; each slot at most once a call.
+
+    Raises:
+      CacheFull: if there is no room; extensions before the one at fault are taken.
+    """
+    for slot, tokens, start in extensions:
+      if len(tokens):
+        self._cut(slot, start)
+        self.contexts.write(slot, start, tokens)
+
+  def park(self, slot: int) -> Parked:
+    """Empties a slot and returns what it held, for `unpark`. Waits for the device."""
+    self.flush()
+    return self.contexts.park(slot, self._take_blocks)
+
+  def unpark(self, slot: int, parked: Parked) -> int:
+    """Gives an empty slot what was parked, and returns how many tokens that are: 0 if the cache was emptied since.
+
+    Raises:
+      CacheFull: if there is no room.
+    """
+    blocks = self.contexts.unpark(slot, parked)
+    if blocks:
+      self._fit()
+      for at in range(0, len(blocks), PARK_ROWS):
+        part = slice(at, at + PARK_ROWS)
+        ids = _filled(blocks[part], PARK_ROWS, self.cache.blocks)
+        pad = [(0, 0), (0, PARK_ROWS - len(blocks[part]))] + [(0, 0)] * 3
+        self.cache = self._put(self.cache, ids, np.pad(parked.keys[:, part], pad), np.pad(parked.values[:, part], pad))
+    return self.contexts.contexts[slot].held
+
+  def _take_blocks(self, blocks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    parts = []
+    for at in range(0, len(blocks), PARK_ROWS):
+      some = blocks[at:at + PARK_ROWS]
+      keys, values = self._take(self.cache, _filled(some, PARK_ROWS, 0))
+      parts.append((np.asarray(keys)[:, :len(some)], np.asarray(values)[:, :len(some)]))
+    keys, values = zip(*parts)
+    return np.concatenate(keys, axis=1), np.concatenate(values, axis=1)
+
+  def _cut(self, slot: int, length: int):
+    """Cuts a slot's context, which is empty if it was never opened."""
+    if self.contexts.contexts[slot] is None:
+      self.contexts.open(slot, np.zeros(0, np.int32))
+    self.truncate(slot, length)
+
+  def _settle(self, slot: int):
+    """Sees to it that no work is noted for a slot's blocks."""
+    if self.contexts.is_due(slot):
+      self.flush()
+
+  # ---- the device -------------------------------------------------------------------------------
+
+  def _fit(self):
+    """Makes the cache as large as the books say, a size at a time: the shapes are then those that `warm_up` compiled."""
+    sizes = self.contexts.sizes
+    while self.cache.blocks != self.contexts.size:
+      at = sizes.index(self.cache.blocks) + (1 if self.contexts.size > self.cache.blocks else -1)
+      self.cache = self._resize(self.cache, sizes[at])
+
+  def flush(self) -> bool:
+    """Hands what is noted to the device and returns at once, whether anything was."""
+    steps = self.contexts.take_steps()
+    if steps:
+      self._fit()
+    for work in steps:
+      self._copy_blocks([w for w in work if isinstance(w, Copy)])
+      for policy in dict.fromkeys(w.policy for w in work if isinstance(w, Write)):
+        self._write([w for w in work if isinstance(w, Write) and w.policy == policy], policy)
+    return bool(steps)
+
+  def held_bytes(self, slot: int) -> int:
+    """Returns the bytes of the blocks of a slot's context."""
+    context = self.contexts.contexts[slot]
+    return len(context.blocks) * self.block_bytes if context else 0
+
+  def _copy_blocks(self, copies: Sequence[Copy]):
+    for at in range(0, len(copies), COPY_ROWS):
+      part = copies[at:at + COPY_ROWS]
+      self.cache = self._copy(self.cache, _filled([c.source for c in part], COPY_ROWS, 0),
+                              _filled([c.target for c in part], COPY_ROWS, self.cache.blocks))
+
+  def _write(self, writes: Sequence[Write], policy: str):
+    todo, widest = [(w, 0) for w in writes], self.token_buckets[-1]
+    while todo:
+      by_width: dict[int, list[tuple[Write, int]]] = {}
+      for w, done in todo:
+        width = next((b for b in self.token_buckets if b >= len(w.tokens) - done), widest)
+        by_width.setdefault(width, []).append((w, done))
+      for width, rows in by_width.items():
+        for part in _split_rows(rows, self.row_buckets):
+          self._write_rows(part, width, policy)
+      todo = [(w, done + widest) for w, done in todo if len(w.tokens) - done > widest]
+
+  def _write_rows(self, part: list[tuple[Write, int]], width: int, policy: str):
+    rows = next(b for b in self.row_buckets if b >= len(part))
+    tokens, tables = np.zeros((rows, width), np.int32), np.zeros((rows, self.contexts.row), np.int32)
+    starts, counts = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+    for r, (w, done) in enumerate(part):
+      some = w.tokens[done:done + width]
+      starts[r], counts[r] = w.start + done, len(some)
+      tokens[r, :len(some)] = some
+      tables[r, :len(w.blocks)] = [b.id for b in w.blocks]
+    self.cache = self._extend(self._params[policy], self.cache, tokens, starts, counts, tables)
 
   def decode(self, requests: dict[int, SlotRequest], floor: int = 0) -> dict[int, Draws]:
     """Draws up to `chunk` tokens for each requested slot, up to `reach` with speculation.
@@ -253,9 +371,33 @@ class Sampler:
       floor: Return once no more than this many slots are still drawing.
     Returns:
       By slot; a slot that met no stop and has budget left may simply go on in the next call.
+    Raises:
+      CacheFull: if there is no room for what may be drawn, before anything is.
     """
+    for slot, r in requests.items():
+      self._cut(slot, r.length)
+      if self.contexts.contexts[slot].held != r.length:
+        raise ValueError(f'slot {slot} holds {self.contexts.contexts[slot].held} tokens, not the {r.length} before the '
+                         'pending one')
+      self.contexts.tokens[slot, r.length] = r.pending
+      self.contexts.reach(slot, r.length + min(r.budget, self.reach))
+    self.contexts.unshare(list(requests))
+    started = time.perf_counter()
+    if self.flush():
+      jax.block_until_ready(self.cache)
+      self.prefill_seconds += time.perf_counter() - started
+    copies = self.contexts.tidy()
+    self._copy_blocks(copies)
+    self._fit()
+    draws = {}
+    for policy in dict.fromkeys(self.contexts.contexts[slot].policy for slot in requests):
+      draws.update(self._decode_policy({s: r for s, r in requests.items()
+                                        if self.contexts.contexts[s].policy == policy}, floor, policy))
+    return draws
+
+  def _decode_policy(self, requests: dict[int, SlotRequest], floor: int, policy: str) -> dict[int, Draws]:
     s = self.slots
-    pending, budgets, lengths = np.zeros(s, np.int32), np.zeros(s, np.int32), self._held.copy()
+    pending, budgets, lengths = np.zeros(s, np.int32), np.zeros(s, np.int32), np.zeros(s, np.int32)
     seeds = np.zeros((s, 2), np.uint32)
     stops = np.full((s, MAX_STOPS), -1, np.int32)
     for slot, r in requests.items():
@@ -266,16 +408,15 @@ class Sampler:
       self.masks.begin(cursors)
     elif cursors:
       raise ValueError('a turn has a grammar, and this sampler was not made with constrained=True')
-    history = (self._tokens[:, :self.cache.capacity],) if self.speculation else ()
-    self.cache, out = self._decode(self._params, self.cache, pending, lengths, budgets, seeds, stops,
-                                   np.int32(floor), *history)
+    history = (self.contexts.tokens,) if self.speculation else ()
+    self.cache, out = self._decode(self._params[policy], self.cache, self.contexts.reading(list(requests)), pending,
+                                   lengths, budgets, seeds, stops, np.int32(floor), *history)
     out = jax.device_get(out)
     self.steps += int(out.steps)
     draws = {}
     for slot in requests:
       n = out.counts[slot]
-      self._held[slot] = lengths[slot] + n
-      self._remember(slot, lengths[slot], [requests[slot].pending, *out.tokens[slot, :n]])
+      self.contexts.drew(slot, out.tokens[slot, :n])
       draws[slot] = Draws(out.tokens[slot, :n], out.log_probs[slot, :n], out.entropies[slot, :n],
                           bool(out.stopped[slot]), self.masks.drawn(slot, n) if self.masks else ())
     return draws
@@ -283,20 +424,35 @@ class Sampler:
   def warm_up(self):
     """Compiles every shape; parameters must be set. Empties the cache."""
     self.reset()
-    while True:
+    params = next(iter(self._params.values()))
+    for size in self.contexts.sizes:
+      self.contexts.size = size
+      self._fit()
       for rows in self.row_buckets:
         for width in self.token_buckets:
-          # Slots out of range: compiled and run, but nothing is written.
+          # No tokens: compiled and run, but nothing is written.
           nothing = np.zeros(rows, np.int32)
-          self.cache = self._extend(self._params, self.cache, nothing + self.slots,
-                                    np.zeros((rows, width), np.int32), nothing, nothing)
-        self.cache = self._fork(self.cache, nothing, nothing + self.slots)
-      self.decode({0: SlotRequest(0, 0, 1, (0, 0), ())})
-      if self.cache.capacity == self.capacities[-1]:
-        break
-      self.reserve(self.cache.capacity + 1)
+          self.cache = self._extend(params, self.cache, np.zeros((rows, width), np.int32), nothing, nothing,
+                                    np.zeros((rows, self.contexts.row), np.int32))
+      self._copy_blocks([Copy(0, size)])
+      nowhere = np.full(PARK_ROWS, size, np.int32)
+      self.cache = self._put(self.cache, nowhere, *jax.device_get(self._take(self.cache, np.zeros(PARK_ROWS, np.int32))))
+      history = (self.contexts.tokens,) if self.speculation else ()
+      none = np.zeros(self.slots, np.int32)
+      self.cache, _ = self._decode(params, self.cache, self.contexts.reading([]), none, none, none,
+                                   np.zeros((self.slots, 2), np.uint32), np.full((self.slots, MAX_STOPS), -1, np.int32),
+                                   np.int32(0), *history)
+    self.contexts.size = self.contexts.sizes[0]
+    self._fit()
     self.reset()
     jax.block_until_ready(jax.tree.map(jnp.asarray, self.cache))
+
+
+def _filled(values: Sequence[int], length: int, rest: int) -> np.ndarray:
+  """Returns values as int32, followed by `rest` up to `length`."""
+  out = np.full(length, rest, np.int32)
+  out[:len(values)] = values
+  return out
 
 
 def _split_rows(rows: list, sizes: Sequence[int]) -> list[list]:

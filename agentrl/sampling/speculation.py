@@ -5,7 +5,7 @@ next ones. All guesses go through the network in one step. Each position is then
 have been without guesses, and the draws are kept up to the first that is not the guess: what comes out is the same
 tokens, in fewer steps.
 
-Axes: S slots, P proposed tokens, W = P + 1 tokens of a step, C capacity of the cache, V vocabulary.
+Axes: S slots, P proposed tokens, W = P + 1 tokens of a step, C columns of the history, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from agentrl.models import layers, transformer
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import Params
+from agentrl.sampling import cache as caches
+from agentrl.sampling.cache import Cache, Reading
 from agentrl.sampling.constrain import MaskTable
 from agentrl.sampling.draw import Drawn, SamplingParams, draw
-from agentrl.sampling.functions import Cache, Decoded
+from agentrl.sampling.functions import Decoded, next_logits
 
 NOTHING = -1  # a proposal that no draw equals
 
@@ -69,54 +70,8 @@ def propose(history: jax.Array, lengths: jax.Array, speculation: Speculation) ->
   return jnp.where(found, jnp.take_along_axis(history, jnp.minimum(ahead, capacity - 1), axis=1), NOTHING)
 
 
-def next_logits(params: Params, cache: Cache, tokens: jax.Array, lengths: jax.Array,
-                config: ModelConfig) -> tuple[Cache, jax.Array]:
-  """Returns (cache with the tokens written, [S, W, V] float32 logits of what follows each).
-
-  Args:
-    params: Sampler's view.
-    cache: Updated in place under jit. At least W long; tokens past its end are left out.
-    tokens: [S, W] int32. The last token of each slot's context and guesses at those after it.
-    lengths: [S] int32, below C. Tokens before them, all in the cache.
-    config: Static.
-  """
-  x = transformer.embed(params, config, tokens)
-  positions = lengths[:, None] + jnp.arange(tokens.shape[1])[None]
-  distances = positions[:, :, None] - jnp.arange(cache.capacity)[None, None]
-  kinds = layers.sights(config, positions, distances, distances >= 0)
-  keys, values = [], []
-  for layer, kind, key_buffer, value_buffer in zip(params['layers'], config.kind_of_layer, cache.keys, cache.values):
-    see = kinds[kind]
-    q, k, v = layers.project_qkv(layer, x, see.cos, see.sin, config)
-    keys.append(_put(key_buffer, k.transpose(0, 2, 3, 1), lengths, axis=2))
-    values.append(_put(value_buffer, v.transpose(0, 2, 1, 3), lengths, axis=1))
-    attended = layers.attend(q, keys[-1], values[-1], see.mask, scale=config.query_scale, sinks=layer.get('sinks'))
-    x = layers.add_mlp(layer, layers.add_attention(layer, x, attended, config), config)
-  hidden = layers.norm(x, params['final_norm'], config)
-  return Cache(tuple(keys), tuple(values)), transformer.logits(params, hidden, known=config.known_tokens)
-
-
-def _put(buffer: jax.Array, new: jax.Array, starts: jax.Array, axis: int) -> jax.Array:
-  """Returns the buffer with new[s] written into row s from starts[s] on along `axis` of the row.
-
-  One slice a row, which is written in place; near the end it begins earlier, with what stands there already.
-  """
-  width = new.shape[axis + 1]
-
-  def one(row, new, start):
-    first = jnp.minimum(start, row.shape[axis] - width)
-    old = jax.lax.dynamic_slice_in_dim(row, first, width, axis)
-    shift = start - first
-    place = jnp.arange(width) - shift
-    shape = [width if i == axis else 1 for i in range(row.ndim)]
-    moved = jnp.take(new, jnp.maximum(place, 0), axis=axis)
-    return jax.lax.dynamic_update_slice_in_dim(row, jnp.where((place >= 0).reshape(shape), moved, old), first, axis)
-
-  return jax.vmap(one)(buffer, new.astype(buffer.dtype), starts)
-
-
-def decode(params: Params, cache: Cache, pending: jax.Array, lengths: jax.Array, budgets: jax.Array, seeds: jax.Array,
-           stops: jax.Array, floor: jax.Array, history: jax.Array, *, steps: int, config: ModelConfig,
+def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, lengths: jax.Array, budgets: jax.Array,
+           seeds: jax.Array, stops: jax.Array, floor: jax.Array, history: jax.Array, *, steps: int, config: ModelConfig,
            speculation: Speculation, sampling: SamplingParams = SamplingParams(),
            masks: MaskTable | None = None) -> tuple[Cache, Decoded]:
   """Draws what `functions.decode` would, up to `steps` x W tokens in every active slot.
@@ -124,6 +79,7 @@ def decode(params: Params, cache: Cache, pending: jax.Array, lengths: jax.Array,
   Args:
     params: As there, and so are all that are not named here.
     cache: Donate it.
+    reading: As there.
     pending: [S] int32.
     lengths: [S] int32.
     budgets: [S] int32.
@@ -151,11 +107,11 @@ def decode(params: Params, cache: Cache, pending: jax.Array, lengths: jax.Array,
     return (step < steps) & (jnp.sum(active) > floor)
 
   def body(carry):
-    step, cache, history, lengths, out, stopped, active = carry
+    step, fresh, history, lengths, out, stopped, active = carry
     proposals = propose(history, lengths, speculation)
     last = jnp.take_along_axis(history, lengths[:, None], axis=1)
     tokens = jnp.concatenate([last, jnp.maximum(proposals, 0)], axis=1)
-    cache, scores = next_logits(params, cache, tokens, lengths, config)
+    fresh, scores = next_logits(params, cache, fresh, reading, tokens, lengths, first, config)
     allowed = masks.allowed(lengths - first, out.tokens, proposals) if masks else None
     drawn = draw(rows_of(scores), fold(keys, lengths[:, None] + ahead).reshape(-1), sampling, rows_of(allowed))
     drawn = jax.tree.map(lambda x: x.reshape(slots, width), drawn)
@@ -170,13 +126,15 @@ def decode(params: Params, cache: Cache, pending: jax.Array, lengths: jax.Array,
     lengths = lengths + counts
     stopped |= jnp.any(hits & kept, axis=1)
     active &= ~stopped & (lengths - first < budgets)
-    return step + 1, cache, history, lengths, out, stopped, active
+    return step + 1, fresh, history, lengths, out, stopped, active
 
   nothing = jnp.zeros((slots, steps * width))
   out = Drawn(nothing.astype(jnp.int32), nothing, nothing)
   history = history.at[jnp.arange(slots), lengths].set(pending)
-  carry = (jnp.int32(0), cache, history, lengths, out, jnp.zeros(slots, bool), budgets > 0)
-  step, cache, _, lengths, out, stopped, _ = jax.lax.while_loop(running, body, carry)
+  fresh = caches.init_fresh(cache, slots, steps * width)
+  carry = (jnp.int32(0), fresh, history, lengths, out, jnp.zeros(slots, bool), budgets > 0)
+  step, fresh, _, lengths, out, stopped, _ = jax.lax.while_loop(running, body, carry)
+  cache = caches.store(cache, fresh, reading.targets, first, lengths - first)
   return cache, Decoded(*out, lengths - first, stopped, step)
 
 

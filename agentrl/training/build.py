@@ -98,12 +98,13 @@ class Parts:
       r = self.config.rollout
       speculation = Speculation(r.speculate, r.speculate_ngram) if r.speculate else None
       sampler = Sampler(self.model, slots=r.slots, context=r.context_tokens, chunk=r.chunk, sampling=sampling,
-                        capacities=r.capacities or None, token_buckets=r.token_buckets or None,
+                        capacities=r.capacities or None, token_buckets=r.token_buckets or None, block=r.block,
                         mesh=self.sampler_mesh, speculation=speculation, constrained=r.constrain)
       limits = Limits(turn_tokens=r.turn_tokens, trajectory_tokens=r.trajectory_tokens,
                       context_tokens=r.context_tokens, turns=self.config.environment.max_turns)
       self._engines[sampling] = Engine(sampler, self.tokenizer, limits=limits, seed=self.config.seed,
-                                       grammar=self.grammar)
+                                       grammar=self.grammar, priorities=r.priorities, patience=r.patience,
+                                       parked_bytes=r.parked_megabytes << 20)
     return self._engines[sampling]
 
   @functools.cached_property

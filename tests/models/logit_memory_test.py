@@ -13,8 +13,8 @@ import pytest
 from agentrl.models import transformer
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import init_params
-from agentrl.sampling import functions
 from agentrl.sampling.draw import SamplingParams
+from agentrl.sampling.sampler import Sampler, SlotRequest
 
 B, T, V = 4, 256, 65_536
 CONFIG = ModelConfig(vocab_size=V, num_layers=1, width=16, ff_width=16, num_heads=2, num_kv_heads=2, head_dim=8)
@@ -62,8 +62,8 @@ def test_padding_of_the_vocabulary_has_probability_zero_in_learner_and_sampler()
   np.testing.assert_allclose(got.entropies, expected.entropies, atol=1e-5)
   assert np.abs(run(params, config).log_probs - expected.log_probs).max() > 1.0
   for temperature in (0.0, 1.0):
-    _, drawn = functions.decode(
-        functions.sampler_view(params, padded), functions.init_cache(padded, 2, 32), tokens[:, 0],
-        np.zeros(2, np.int32), np.full(2, 30, np.int32), np.asarray([[0, 1], [0, 2]], np.uint32),
-        np.full((2, 1), -1, np.int32), np.int32(0), steps=30, config=padded, sampling=SamplingParams(temperature))
-    assert drawn.tokens.max() < 33 and np.isfinite(drawn.entropies).all() and np.isfinite(drawn.log_probs).all()
+    sampler = Sampler(padded, slots=2, context=32, chunk=30, sampling=SamplingParams(temperature))
+    sampler.set_params(params)
+    drawn = sampler.decode({s: SlotRequest(int(tokens[s, 0]), 0, 30, (0, 1 + s), ()) for s in (0, 1)})
+    for d in drawn.values():
+      assert d.tokens.max() < 33 and np.isfinite(d.entropies).all() and np.isfinite(d.log_probs).all()

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from agentrl.models import pretrained, safetensors_file, transformer
-from agentrl.sampling import functions
 from agentrl.sampling.draw import SamplingParams
+from agentrl.sampling.sampler import Extension, Sampler, SlotRequest
 from agentrl.sharding import mesh as meshes
 
 torch = pytest.importorskip('torch', reason='parity needs torch, of the extra "test"')
@@ -126,20 +126,16 @@ def test_greedy_tokens_equal_through_the_cache_and_in_one_pass(case):
     expected = model.generate(torch.tensor(TOKENS[0])[None], do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW,
                               eos_token_id=-1)[0].numpy()
   n = LENGTHS[0]
-  view, cache = functions.sampler_view(params, config), functions.init_cache(config, 1, 128)
-  extend = jax.jit(functools.partial(functions.extend, config=config), donate_argnums=1)
-  decode = jax.jit(functools.partial(functions.decode, config=config, steps=NEW, sampling=SamplingParams(0.0)),
-                   donate_argnums=1)
-  # In two parts of one shape, so that the second looks back into the cache, and past the window.
-  half, one = (n - 1) // 2, np.ones(1, np.int32)
-  for start in (0, half):
-    cache = extend(view, cache, slots=0 * one, tokens=TOKENS[0][None, start:start + half].astype(np.int32),
-                   starts=start * one, counts=half * one)
-  cache, drawn = decode(view, cache, pending=TOKENS[0][-1:].astype(np.int32), lengths=(n - 1) * one,
-                        budgets=NEW * one, seeds=np.zeros((1, 2), np.uint32), stops=-np.ones((1, 1), np.int32),
-                        floor=np.int32(0))
+  sampler = Sampler(config, slots=1, context=128, chunk=NEW, sampling=SamplingParams(0.0), capacities=(128,), row_buckets=(1,))
+  sampler.set_params(params)
+  # In two parts, so that the second looks back into the cache, and past the window.
+  half = (n - 1) // 2
+  for start, end in ((0, half), (half, n - 1)):
+    sampler.extend([Extension(0, TOKENS[0][start:end], start)])
+    sampler.flush()
+  drawn = sampler.decode({0: SlotRequest(int(TOKENS[0][-1]), n - 1, NEW, (0, 0), ())})[0]
   assert len(expected) == n + NEW
-  np.testing.assert_array_equal(drawn.tokens[0], expected[n:])
+  np.testing.assert_array_equal(drawn.tokens, expected[n:])
   every = jnp.asarray(expected[None], jnp.int32)
   got = logits_of(config)(params, every, jnp.arange(n + NEW, dtype=jnp.int32)[None], jnp.ones_like(every))
   np.testing.assert_array_equal(jnp.argmax(got, axis=-1)[0, n - 1:-1], expected[n:])

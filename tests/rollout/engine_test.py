@@ -161,7 +161,7 @@ def test_more_sessions_than_slots_that_all_wait_are_evicted_and_come_back(tiny, 
 
 
 def test_nothing_compiles_after_warm_up(tiny):
-  sampler = Sampler(tiny.config, slots=3, context=tiny.context, chunk=4)
+  sampler = Sampler(tiny.config, slots=3, context=tiny.context, chunk=4, block=16, capacities=(32, 96))
   sampler.set_params(tiny.params)
   sampler.warm_up()
   counter = CompileCounter()
@@ -174,7 +174,8 @@ def test_nothing_compiles_after_warm_up(tiny):
       sampler.set_params(tiny.params)
       trajectories, stats = collect(tiny, jobs, sampler=sampler, seed=seed)
       assert {t.status for t in trajectories} == {Status.FINISHED}
-      assert sampler.cache.capacity == sampler.capacities[-1] and stats.shared_tokens > 0
+      # It has been larger than at first.
+      assert stats.cache_tokens > stats.chunks * 3 * 32 and stats.shared_tokens > 0
     assert counter.count == 0, counter.names
   finally:
     counter.close()

@@ -10,6 +10,7 @@ import pytest
 
 from agentrl.metrics.timing import CompileCounter
 from agentrl.models.params import param_axes
+from agentrl.sampling.contexts import CacheFull
 from agentrl.sampling.sampler import Extension, Sampler, SlotRequest, buckets
 from agentrl.sharding import mesh as meshes
 
@@ -36,7 +37,6 @@ def test_extensions_of_any_number_and_length_are_cut_into_the_compiled_shapes(ti
   drawn = []
   for parts in ([40], [16, 24], [1, 39], [17, 3, 20]):
     sampler.reset()
-    sampler.reserve(50)
     at = 0
     for n in parts:
       sampler.extend([Extension(2, TOKENS[at:at + n], at)])
@@ -72,21 +72,34 @@ def test_forked_slots_continue_as_their_source(tiny):
   np.testing.assert_array_equal(draws[3].tokens, draws[1].tokens)
 
 
-def test_reserve_keeps_what_is_held_and_reset_makes_it_small_again(tiny):
-  sampler = tiny.sampler()
+def test_the_cache_grows_with_what_it_holds_and_becomes_small_again(tiny):
+  sampler = tiny.sampler()  # Blocks of 16; 4 x 3 or 4 x 6 of them.
   sampler.reset()
   sampler.extend([Extension(0, TOKENS[:30], 0)])
   small = sampler.decode({0: request(30)})[0]
-  assert sampler.cache.capacity == 48
-  sampler.reserve(49)
-  assert sampler.cache.capacity == 96
+  assert sampler.cache.blocks == 12
+  sampler.extend([Extension(s, TOKENS[s:60 + s], 0) for s in (1, 2, 3)])  # 3 x 4 blocks and what slot 0 has
   np.testing.assert_array_equal(sampler.decode({0: request(30)})[0].tokens, small.tokens)
-  sampler.reserve(10)
-  assert sampler.cache.capacity == 96
-  with pytest.raises(ValueError, match='97 tokens .* 96'):
-    sampler.reserve(97)
+  assert sampler.cache.blocks == 24 and sampler.contexts.used == 3 + 3 * 4
+  third = sampler.decode({3: request(60)})[3]
+  for slot in (1, 2):
+    sampler.truncate(slot, 0)
+  np.testing.assert_array_equal(sampler.decode({0: request(30)})[0].tokens, small.tokens)
+  assert sampler.cache.blocks == 12
+  np.testing.assert_array_equal(sampler.decode({3: request(60)})[3].tokens, third.tokens)
+
+
+def test_no_more_than_the_largest_cache_is_taken_and_what_is_held_stays(tiny):
+  sampler = tiny.sampler(4, capacities=(24,))  # 4 x 2 blocks: one context of 96 tokens and 32 more
   sampler.reset()
-  assert sampler.cache.capacity == 48
+  sampler.extend([Extension(0, TOKENS[:70], 0), Extension(1, TOKENS[30:50], 0)])
+  with pytest.raises(CacheFull, match='all 8 blocks of 16 tokens'):
+    sampler.extend([Extension(2, TOKENS[20:40], 0)])
+  first = sampler.decode({0: request(70)})[0]
+  sampler.close(2)
+  sampler.truncate(1, 0)
+  sampler.extend([Extension(2, TOKENS[20:40], 0)])
+  np.testing.assert_array_equal(sampler.decode({0: request(70)})[0].tokens, first.tokens)
 
 
 def test_idle_slots_survive_calls_at_the_edge_of_the_cache(tiny):
@@ -116,9 +129,63 @@ def test_new_weights_change_the_draws(tiny):
     sampler.set_params(tiny.params)
 
 
-def test_a_context_beyond_the_capacities_is_refused(tiny):
-  with pytest.raises(ValueError, match='64 .* 100'):
-    Sampler(tiny.config, slots=2, context=100, capacities=(32, 64))
+def test_a_cache_that_one_context_could_not_fit_is_refused(tiny):
+  with pytest.raises(ValueError, match='room for 96 tokens, 3 slots of 32, but one context may have 100'):
+    Sampler(tiny.config, slots=3, context=100, capacities=(8, 32), block=32)
+
+
+def test_a_parked_context_goes_on_as_if_it_had_stayed(tiny):
+  sampler = tiny.sampler()
+  sampler.reset()
+  sampler.extend([Extension(0, TOKENS[:40], 0)])
+  stayed = sampler.decode({0: request(40)})[0]
+  sampler.truncate(0, 40)
+  sampler.fork([(0, 1)])  # Two whole blocks are both slots'.
+  parked = sampler.park(0)
+  assert len(parked.kept) == 2 and parked.keys.shape[1] == 1 and parked.nbytes == sampler.block_bytes
+  sampler.extend([Extension(2, TOKENS[10:60], 0)])
+  sampler.close(1)
+  assert sampler.unpark(3, parked) == 40
+  np.testing.assert_array_equal(sampler.decode({3: request(40)})[3].tokens, stayed.tokens)
+  old = sampler.park(3)
+  sampler.reset()
+  assert sampler.unpark(3, old) == 0
+
+
+def test_prompts_that_begin_alike_are_computed_once_even_when_they_come_together(tiny):
+  """40 common tokens, then 10 of each slot's own: 40 + 3 x 10 are computed, in steps that wait for each other."""
+  sampler = tiny.sampler()
+  drawn = {}
+  for shared in (True, False):
+    sampler.reset()
+    computed = 0
+    for slot in range(3):
+      prompt = np.r_[TOKENS[:40], TOKENS[50 + 10 * slot:60 + 10 * slot]]
+      held = sampler.open(slot, prompt) if shared else 0
+      sampler.extend([Extension(slot, prompt[held:], held)])
+      computed += len(prompt) - held
+    assert computed == (40 + 30 if shared else 150)
+    drawn[shared] = sampler.decode({s: SlotRequest(5, 50, 6, (1, s), ()) for s in range(3)})
+  for slot in range(3):
+    np.testing.assert_array_equal(drawn[True][slot].tokens, drawn[False][slot].tokens)
+    np.testing.assert_allclose(drawn[True][slot].log_probs, drawn[False][slot].log_probs, atol=1e-5)
+
+
+def test_policies_share_the_cache_and_nothing_in_it(tiny):
+  sampler = tiny.sampler()
+  sampler.set_params(jax.tree.map(lambda x: -x, tiny.params), 'other')
+  sampler.reset()
+  alone = {}
+  for slot, policy in ((0, ''), (1, 'other')):
+    assert sampler.open(slot, TOKENS[:20], policy) == 0
+    sampler.extend([Extension(slot, TOKENS[:20], 0)])
+    alone[slot] = sampler.decode({slot: request(20)})[slot]
+  assert alone[0].tokens.tolist() != alone[1].tokens.tolist()
+  together = sampler.decode({0: request(20), 1: request(20)})
+  for slot in (0, 1):
+    np.testing.assert_array_equal(together[slot].tokens, alone[slot].tokens)
+  # A slot opened anew finds its own policy's beginning.
+  assert sampler.open(2, TOKENS[:20], 'other') == 20
 
 
 @pytest.mark.parametrize('shape, learner', [
@@ -132,12 +199,11 @@ def test_a_sharded_policy_draws_the_same_and_compiles_nothing_after_warm_up(tiny
   theirs = meshes.make_mesh(learner, devices) if learner else mesh
   params = jax.device_put(tiny.params, meshes.shardings(param_axes(tiny.config), tiny.params, theirs))
   sharded = Sampler(tiny.config, slots=4, context=96, chunk=8, capacities=(48, 96),
-                    row_buckets=(4,), token_buckets=(16,), mesh=mesh if learner else None)
+                    row_buckets=(4,), token_buckets=(16,), block=16, mesh=mesh if learner else None)
   sharded.set_params(params)
   sharded.warm_up()
-  [slots, heads, *_] = sharded.cache.keys[0].addressable_shards[0].data.shape
-  assert (slots, heads) == (4 // math.prod(shape.get(a, 1) for a in ('data', 'fsdp')),
-                            2 // shape.get('tensor', 1))
+  [blocks, heads, *_] = sharded.cache.keys[0].addressable_shards[0].data.shape
+  assert blocks == 12 // math.prod(shape.get(a, 1) for a in ('data', 'fsdp')) and heads == 2 // shape.get('tensor', 1)
   counter = CompileCounter()
   try:
     counter.mark()
@@ -146,7 +212,6 @@ def test_a_sharded_policy_draws_the_same_and_compiles_nothing_after_warm_up(tiny
       sampler.reset()
       sampler.extend([Extension(0, TOKENS[:20], 0)])
       sampler.fork([(0, 1)])
-      sampler.reserve(60)
       draws.append(sampler.decode({0: request(20), 1: request(20, seed=(5, 6))}))
       if sampler is sharded:
         sampler.set_params(params)

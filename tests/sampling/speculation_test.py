@@ -14,6 +14,7 @@ from agentrl.metrics.timing import CompileCounter
 from agentrl.models import transformer
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import ParamSpec, param_specs
+from agentrl.sampling import cache as caches
 from agentrl.sampling import functions, speculation
 from agentrl.sampling.sampler import Extension, Sampler, SlotRequest
 from agentrl.sampling.speculation import NOTHING, Speculation
@@ -38,7 +39,7 @@ def view(sharpness=1.0):
 settings = dict(config=CONFIG, steps=STEPS)
 jit_plain = jax.jit(functools.partial(functions.decode, **settings))
 jit_guess = jax.jit(functools.partial(speculation.decode, **settings, speculation=GUESS))
-jit_wide = jax.jit(functools.partial(speculation.next_logits, config=CONFIG))
+jit_wide = jax.jit(functools.partial(functions.next_logits, config=CONFIG))
 jit_extend = jax.jit(functools.partial(functions.extend, config=CONFIG))
 
 
@@ -47,23 +48,28 @@ def propose(speculation_):
   return jax.jit(functools.partial(speculation.propose, speculation=speculation_))
 
 
-def filled(tokens, lengths, sharpness):
-  """A cache with tokens[s, :lengths[s]] in each slot, and rubbish behind."""
-  rng = np.random.default_rng(0)
-  cache = functions.init_cache(CONFIG, SLOTS, CAPACITY)
-  cache = jax.tree.map(lambda x: np.asarray(9 * rng.normal(size=x.shape), x.dtype), cache)
-  return jit_extend(view(sharpness)[0], cache, np.arange(SLOTS), tokens, np.zeros(SLOTS, np.int32), lengths)
+@pytest.fixture(name='lab')
+def make_lab(pages):
+  return Lab(pages)
 
 
-def both(tokens, lengths, budgets, stops, floor=0, sharpness=1.0, seeds=None):
-  """What plain decoding and speculation draw, on the host."""
-  seeds = np.arange(2 * SLOTS, dtype=np.uint32).reshape(SLOTS, 2) if seeds is None else seeds
-  cache = filled(tokens, lengths, sharpness)
-  arguments = (view(sharpness)[0], cache, tokens[np.arange(SLOTS), lengths], lengths, budgets, seeds, stops,
-               np.int32(floor))
-  plain = jit_plain(*arguments)
-  guess = jit_guess(*arguments, tokens)
-  return jax.device_get(plain), jax.device_get(guess)
+class Lab:
+  """Contexts in blocks of 8, and both ways of decoding on them."""
+
+  def __init__(self, pages):
+    self.pages = pages(CONFIG, SLOTS, CAPACITY // 8, 8, STEPS * (GUESS.tokens + 1))
+
+  def filled(self, tokens, lengths, sharpness):
+    """A cache with tokens[s, :lengths[s]] in each slot, and rubbish elsewhere."""
+    return jit_extend(view(sharpness)[0], self.pages.noise(), tokens, np.zeros(SLOTS, np.int32), lengths,
+                      self.pages.tables)
+
+  def both(self, tokens, lengths, budgets, stops, floor=0, sharpness=1.0):
+    """What plain decoding and speculation draw, on the host."""
+    seeds = np.arange(2 * SLOTS, dtype=np.uint32).reshape(SLOTS, 2)
+    arguments = (view(sharpness)[0], self.filled(tokens, lengths, sharpness), self.pages.reading(lengths),
+                 tokens[np.arange(SLOTS), lengths], lengths, budgets, seeds, stops, np.int32(floor))
+    return jax.device_get(jit_plain(*arguments)), jax.device_get(jit_guess(*arguments, tokens))
 
 
 def some_slots(seed, longest=16):
@@ -105,30 +111,32 @@ def test_a_copied_stretch_and_a_loop_are_proposed_to_go_on():
   assert got.tolist() == [[3, 4, 0], [1, 2, 1], [NOTHING] * 3]
 
 
-@pytest.mark.parametrize('at', [9, CAPACITY - 4, CAPACITY - 2, CAPACITY - 1])
-def test_a_wide_step_predicts_what_the_learner_does_up_to_the_edge_of_the_cache(at):
+@pytest.mark.parametrize('at, first', [(9, 9), (17, 9), (CAPACITY - 2, CAPACITY - 9), (CAPACITY - 1, CAPACITY - 1)])
+def test_a_wide_step_predicts_what_the_learner_does(lab, at, first):
+  """Four tokens at once; of what stands before them, the tokens from `first` on are not in blocks yet."""
   _, tokens, _ = some_slots(1)
-  lengths = np.full(SLOTS, at, np.int32)
+  lengths, begun = np.full(SLOTS, at, np.int32), np.full(SLOTS, first, np.int32)
   width = min(4, CAPACITY - at)
   guesses = np.zeros((SLOTS, 4), np.int32)
   guesses[:, :width] = tokens[:, at:at + width]
-  before = filled(tokens, lengths, 1.0)
-  after, logits = jit_wide(view()[0], before, guesses, lengths)
+  cache, reading = lab.filled(tokens, begun, 1.0), lab.pages.reading(begun)
+  fresh = caches.init_fresh(cache, SLOTS, 16)
+  for done in range(first, at, 4):
+    fresh, _ = jit_wide(view()[0], cache, fresh, reading, tokens[:, done:done + 4], np.full(SLOTS, done, np.int32), begun)
+  _, logits = jit_wide(view()[0], cache, fresh, reading, guesses, lengths, begun)
   positions = np.tile(np.arange(CAPACITY), (SLOTS, 1))
   hidden = transformer.hidden_states(view()[1], CONFIG, tokens, positions, np.ones_like(positions))
   expected = transformer.logits(view()[1], hidden)[:, at:at + width]
   np.testing.assert_allclose(logits[:, :width], expected, atol=2e-5)
-  for old, new in zip(before.values, after.values):
-    np.testing.assert_array_equal(np.asarray(old)[:, :, :at], np.asarray(new)[:, :, :at])
 
 
 @pytest.mark.parametrize('sharpness', [1.0, SHARP])
-def test_the_same_tokens_are_drawn_whatever_ends_a_slot(sharpness):
+def test_the_same_tokens_are_drawn_whatever_ends_a_slot(lab, sharpness):
   rng, tokens, lengths = some_slots(2)
   budgets = rng.integers(0, STEPS + 1, SLOTS).astype(np.int32)
   stops = rng.integers(-1, 7, (SLOTS, 2)).astype(np.int32)
   stops[::2] = -1
-  (_, plain), (_, guess) = both(tokens, lengths, budgets, stops, sharpness=sharpness)
+  (_, plain), (_, guess) = lab.both(tokens, lengths, budgets, stops, sharpness=sharpness)
   np.testing.assert_array_equal(plain.counts, guess.counts)
   np.testing.assert_array_equal(plain.stopped, guess.stopped)
   for slot, n in enumerate(plain.counts):
@@ -138,31 +146,29 @@ def test_the_same_tokens_are_drawn_whatever_ends_a_slot(sharpness):
   assert plain.stopped.any() and (guess.steps < plain.steps if sharpness == SHARP else guess.steps <= plain.steps)
 
 
-def test_a_policy_that_repeats_itself_needs_far_fewer_steps_and_the_cache_holds_what_was_drawn():
+def test_a_policy_that_repeats_itself_needs_far_fewer_steps_and_the_cache_holds_what_was_drawn(lab):
   _, tokens, lengths = some_slots(3)
   budgets, none = np.full(SLOTS, STEPS, np.int32), np.full((SLOTS, 1), -1, np.int32)
-  (_, plain), (cache, guess) = both(tokens, lengths, budgets, none, sharpness=SHARP)
+  (_, plain), (cache, guess) = lab.both(tokens, lengths, budgets, none, sharpness=SHARP)
   assert plain.steps == STEPS and guess.steps < 0.7 * STEPS
   contexts = tokens.copy()
   for slot, n in enumerate(lengths):
     contexts[slot, n + 1:n + 1 + STEPS] = guess.tokens[slot, :STEPS]
-  expected = filled(contexts, lengths + STEPS, SHARP)
-  for got, want in zip((*cache.keys, *cache.values), (*expected.keys, *expected.values)):
-    length_axis = 3 if got.shape[3] == CAPACITY else 2
-    for slot, n in enumerate(lengths + STEPS):
-      cut = [slice(None)] * 2 + [slice(0, n) if axis == length_axis else slice(None) for axis in (2, 3)]
-      np.testing.assert_allclose(np.asarray(got)[tuple(cut)][slot], np.asarray(want)[tuple(cut)][slot], atol=1e-4)
+  expected = lab.filled(contexts, lengths + STEPS, SHARP)
+  for slot, n in enumerate(lengths + STEPS):
+    for got, want in zip(lab.pages.held(cache, slot, n), lab.pages.held(expected, slot, n)):
+      np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-def test_the_floor_returns_once_few_are_left():
+def test_the_floor_returns_once_few_are_left(lab):
   _, tokens, lengths = some_slots(4)
   budgets = np.full(SLOTS, 2, np.int32)
   budgets[:8] = STEPS
-  _, (_, guess) = both(tokens, lengths, budgets, np.full((SLOTS, 1), -1, np.int32), floor=8, sharpness=SHARP)
+  _, (_, guess) = lab.both(tokens, lengths, budgets, np.full((SLOTS, 1), -1, np.int32), floor=8, sharpness=SHARP)
   assert guess.steps <= 2 and (guess.counts[8:] == 2).all() and (guess.counts[:8] >= guess.steps).all()
 
 
-def test_draws_follow_the_distribution_of_the_learner():
+def test_draws_follow_the_distribution_of_the_learner(lab):
   """All sequences of three tokens, counted; the context repeats itself, so every first step proposes three."""
   context = [1, 5, 3, 1, 5, 3, 1, 5]
   tokens = np.zeros((SLOTS, CAPACITY), np.int32)
@@ -177,10 +183,10 @@ def test_draws_follow_the_distribution_of_the_learner():
   probs = np.exp(np.asarray(scored.log_probs)[:, -3:].sum(1))
   assert probs.sum() == pytest.approx(1.0, abs=1e-4)
   counts, rounds = np.zeros(len(sequences)), 250
-  cache = filled(tokens, lengths, sharpness)
+  cache, reading = lab.filled(tokens, lengths, sharpness), lab.pages.reading(lengths)
   for i in range(rounds):
     seeds = np.stack([np.full(SLOTS, i), np.arange(SLOTS)], 1).astype(np.uint32)
-    out = jax.device_get(jit_guess(view(sharpness)[0], cache, tokens[:, lengths[0]], lengths, budgets, seeds, none,
+    out = jax.device_get(jit_guess(view(sharpness)[0], cache, reading, tokens[:, lengths[0]], lengths, budgets, seeds, none,
                                    np.int32(0), tokens)[1])
     np.add.at(counts, out.tokens[:, :3] @ [49, 7, 1], 1)
   # Cells of at least 5 expected; the rest share one.
@@ -202,15 +208,10 @@ def test_speculation_that_proposes_nothing_is_refused(settings_):
 # ---- through the sampler ----------------------------------------------------------------------------
 
 
-def test_more_proposals_than_the_cache_holds_are_refused(tiny):
-  with pytest.raises(ValueError, match='proposes more tokens than the smallest cache capacity 4'):
-    Sampler(tiny.config, slots=2, context=16, capacities=(4, 16), speculation=Speculation(4))
-
-
 def test_the_sampler_guesses_from_all_it_holds_and_compiles_nothing_after_warm_up(tiny):
   """Prompts, forks, earlier draws and pending tokens are remembered: exactly the context's tokens."""
-  sampler = Sampler(tiny.config, slots=2, context=96, chunk=4, capacities=(48, 96), row_buckets=(2,), token_buckets=(16,),
-                    speculation=GUESS)
+  sampler = Sampler(tiny.config, slots=2, context=96, chunk=4, capacities=(32, 96), row_buckets=(2,), token_buckets=(16,),
+                    block=16, speculation=GUESS)
   sampler.set_params(tiny.params)
   sampler.warm_up()
   assert sampler.reach == 16
@@ -221,12 +222,11 @@ def test_the_sampler_guesses_from_all_it_holds_and_compiles_nothing_after_warm_u
     sampler.extend([Extension(0, context[:-1], 0)])
     sampler.fork([(0, 1)])
     for _ in range(3):
-      sampler.reserve(len(context) + sampler.reach)
       drawn = sampler.decode({s: SlotRequest(context[-1], len(context) - 1, 50, (1, 2), ()) for s in (0, 1)})
       np.testing.assert_array_equal(drawn[0].tokens, drawn[1].tokens)
       context += drawn[0].tokens.tolist()
       for slot in (0, 1):
-        assert sampler._tokens[slot, :len(context)].tolist() == context
+        assert sampler.contexts.tokens[slot, :len(context)].tolist() == context
     assert counter.count == 0, counter.names
   finally:
     counter.close()

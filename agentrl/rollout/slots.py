@@ -1,0 +1,221 @@
+"""Who draws next: which sessions have a slot, who waits for one, and who gives theirs up.
+
+A session that waits for a tool keeps its slot while nobody else wants it. Once it has waited longer than a chunk takes
+and another is ready, its part of the cache goes to host memory, or, where that is full, is computed again later.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Sequence
+
+import numpy as np
+
+from agentrl.rollout.priorities import Outlook, Rule
+from agentrl.rollout.session import Session
+from agentrl.rollout.stats import EngineStats, Timeline
+from agentrl.sampling.contexts import CacheFull, Parked
+from agentrl.sampling.sampler import Extension, Sampler
+
+
+class Slots:
+  """The slots of one sampler. All methods are called between two draws.
+
+  Attributes:
+    ready: Sessions that want a turn and have a slot.
+    queue: Sessions that want a turn and have none.
+    owners: Of each slot; None where it is free.
+    stats: Counts.
+    timeline: What the slots did when.
+  """
+
+  def __init__(self, sampler: Sampler, priorities: Sequence[Rule] = (), parked_bytes: int = 1 << 28):
+    """Makes slots that nobody has.
+
+    Args:
+      sampler: Whose slots they are.
+      priorities: Compared one after the other; among equals, whoever asked first.
+      parked_bytes: Host memory for contexts that have left their slots.
+    """
+    self.sampler = sampler
+    self.ready: list[Session] = []
+    self.queue: list[Session] = []
+    self.owners: list[Session | None] = [None] * sampler.slots
+    self.stats = EngineStats()
+    self.timeline = Timeline()
+    self.outlook = Outlook()
+    self.parked_bytes = 0
+    self._most_parked_bytes = parked_bytes
+    self._priorities = tuple(priorities)
+    self._left: list[tuple[int | None, Parked | None]] = []  # given up while the device was busy
+    self._forked: list[int] = []
+
+  def clear(self):
+    """Takes everybody's slot away."""
+    self.ready.clear()
+    self.queue.clear()
+    self._left.clear()
+    self._forked.clear()
+    self.owners = [None] * self.sampler.slots
+    self.parked_bytes = 0
+
+  # ---- any time ---------------------------------------------------------------------------------
+
+  def submit(self, session: Session):
+    """Takes a session's request for a turn."""
+    session.asked_at = time.perf_counter()
+    if session.slot is None:
+      self.queue.append(session)
+    else:
+      self.ready.append(session)
+      self.timeline.begin(session.slot, session.label, 'draw')
+
+  def withdraw(self, session: Session):
+    """Takes back a session's request for a turn."""
+    for waiting in (self.queue, self.ready):
+      if session in waiting:
+        waiting.remove(session)
+
+  def leave(self, session: Session):
+    """Takes note that a session needs its slot no more."""
+    if session.slot is not None:
+      self.timeline.end(session.slot)
+      self.owners[session.slot] = None
+    if session.slot is not None or session.parked is not None:
+      self._left.append((session.slot, session.parked))
+    session.slot, session.parked, session.cached = None, None, 0
+    self.withdraw(session)
+
+  def forked(self, session: Session, forks: Sequence[Session]):
+    """Takes note that sessions go on from where `session` is."""
+    if session.slot is not None:
+      self._forked.append(session.slot)
+    for fork in forks:
+      if session.parked is not None:
+        fork.parked = self.sampler.contexts.again(session.parked)
+        self.parked_bytes += fork.parked.nbytes
+
+  def forget(self, sessions: Sequence[Session]):
+    """Takes note that the cache was emptied, which held what these sessions, all there are, had come to."""
+    self._left.clear()
+    self._forked.clear()
+    for session in sessions:
+      if session.parked is not None:
+        self.parked_bytes -= session.parked.nbytes
+      session.parked, session.cached = None, 0
+
+  # ---- between draws ----------------------------------------------------------------------------
+
+  def admit(self, patience: float):
+    """Gives slots to those who want one: free ones, and those of sessions that wait longer than `patience`, seconds."""
+    self._catch_up()
+    if not self.queue:
+      return
+    self.queue.sort(key=lambda s: (*(rule(s, self.outlook) for rule in self._priorities), s.asked_at))
+    free = [i for i, owner in enumerate(self.owners) if owner is None]
+    now = time.perf_counter()
+    waiting = sorted((s for s in self.owners if s is not None and s.request is None), key=lambda s: s.waiting_since)
+    for session in waiting[:len(self.queue) - len(free)] if len(self.queue) > len(free) else ():
+      # If nobody else could draw, the device would have nothing to do.
+      if now - session.waiting_since >= patience or not (self.ready or free):
+        free.append(session.slot)
+        self.park(session)
+    taken, self.queue = self.queue[:len(free)], self.queue[len(free):]
+    for session, slot in zip(taken, free):
+      self._enter(session, slot)
+
+  def extend(self):
+    """Has what the ready sessions' contexts hold beyond the cache written, all but their last tokens."""
+    for session in list(self.ready):
+      if session.slot is not None:
+        self._extend(session)
+
+  def park(self, session: Session):
+    """Takes a session's slot from it, keeping what it holds in host memory while there is room."""
+    slot, nbytes = session.slot, self.sampler.held_bytes(session.slot)
+    self.stats.evictions += 1
+    if session.cached and self.parked_bytes + nbytes <= self._most_parked_bytes:
+      session.parked = self.sampler.park(slot)
+      self.parked_bytes += session.parked.nbytes
+      self.stats.parked += 1
+    else:
+      self.sampler.close(slot)
+    self.timeline.end(slot)
+    self.owners[slot], session.slot, session.cached = None, None, 0
+    if session in self.ready:
+      self.ready.remove(session)
+      self.queue.append(session)
+
+  def make_room(self, but: Session) -> bool:
+    """Frees blocks of the cache; returns whether there is hope.
+
+    Whoever waits longest for something else than a turn goes first, then who asked last, then what was parked.
+    """
+    others = [s for s in self.owners if s is not None and s is not but]
+    waiting = [s for s in others if s.request is None]
+    if others:
+      self.park(min(waiting, key=lambda s: s.waiting_since) if waiting else max(others, key=lambda s: s.asked_at))
+      return True
+    dropped = False
+    for session in [s for s in self.queue if s.parked is not None]:
+      self._let_go(session.parked)
+      session.parked, dropped = None, True
+    return dropped
+
+  def _catch_up(self):
+    """Does what could not be done while the device was busy."""
+    for slot in self._forked:
+      self.sampler.note(slot)
+    for slot, parked in self._left:
+      if slot is not None:
+        self.sampler.close(slot)
+      if parked is not None:
+        self._let_go(parked)
+    self._forked.clear()
+    self._left.clear()
+
+  def _let_go(self, parked: Parked):
+    self.parked_bytes -= parked.nbytes
+    self.sampler.contexts.forget(parked)
+
+  def _enter(self, session: Session, slot: int):
+    """Gives a session a free slot, with what the cache or the host has of its context."""
+    session.slot, self.owners[slot] = slot, session
+    self.ready.append(session)
+    self.stats.queue_seconds += time.perf_counter() - session.asked_at
+    self.timeline.begin(slot, session.label, 'draw')
+    context = session.context.tail(0)[:-1]
+    session.cached = self._unpark(session, slot, context)
+    if not session.cached:
+      session.cached = self.sampler.open(slot, context, session.policy)
+      self.stats.shared_tokens += session.cached
+    self._extend(session)
+
+  def _unpark(self, session: Session, slot: int, context: np.ndarray) -> int:
+    """Returns how many tokens of its context a session gets back."""
+    parked, session.parked = session.parked, None
+    if parked is None:
+      return 0
+    # Its program may have cut or changed the context meanwhile.
+    n = min(len(parked.tokens), len(context))
+    differ = np.flatnonzero(parked.tokens[:n] != context[:n])
+    try:
+      held = min(self.sampler.unpark(slot, parked), int(differ[0]) if len(differ) else n)
+    except CacheFull:
+      self._let_go(parked)
+      return 0
+    self.parked_bytes -= parked.nbytes
+    self.stats.unparked += held > 0
+    return held
+
+  def _extend(self, session: Session):
+    fresh = session.context.tail(session.cached)[:-1]
+    while len(fresh):
+      try:
+        self.sampler.extend([Extension(session.slot, fresh, session.cached)])
+        session.cached += len(fresh)
+        self.stats.extended_tokens += len(fresh)
+        return
+      except CacheFull:
+        if not self.make_room(session):
+          raise

@@ -1,0 +1,363 @@
+"""Keys and values in blocks of tokens, and attention over them: pure functions, to be jitted with the cache donated.
+
+A context is a list of blocks, which the host keeps. Several contexts may hold the same block, so what they have in
+common is stored once, and memory follows the tokens that are there.
+
+A step reads every block where it lies. It is the queries that are gathered: each block gets those of the one slot that
+reads it, and what the blocks say of a slot is added up. Gathering keys and values into one buffer a slot would read and
+write all of them once more. Blocks that many slots read, such as those of a system prompt, meet all slots' queries in
+one matrix product.
+
+Within a call of `decode` the cache is only read: new keys and values go to a small buffer that all slots write at
+the same column, and `store` moves them to their blocks at the end.
+
+Axes: N blocks, P tokens of a block, S slots, W tokens of a step, R queries of a key/value head (W x H/K), K key/value
+heads, Dh head width, F columns of the buffer of new tokens, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from agentrl.models.config import ModelConfig
+from agentrl.models.layers import MASKED
+
+# Blocks of which a step of the loops over shared blocks, and over those of an extension, reads this many tokens.
+STRIDE = 256
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+class Cache(NamedTuple):
+  """Keys and values of all blocks, one buffer a layer, never stacked, so that each is written in place.
+
+  Block 0 stands for none: nothing is written there.
+
+  Attributes:
+    keys: L of [N, K, Dh, P]: with the tokens last the scores of a step are plain matrix products.
+    values: L of [N, K, P, Dh].
+  """
+
+  keys: tuple[jax.Array, ...]
+  values: tuple[jax.Array, ...]
+
+  @property
+  def blocks(self) -> int:
+    """N."""
+    return self.values[0].shape[0]
+
+  @property
+  def block(self) -> int:
+    """P."""
+    return self.values[0].shape[2]
+
+
+class Fresh(NamedTuple):
+  """Keys, L of [S, K, Dh, F], and values, L of [S, K, F, Dh], of the tokens that a call of `decode` has come to."""
+
+  keys: tuple[jax.Array, ...]
+  values: tuple[jax.Array, ...]
+
+
+class Reading(NamedTuple):
+  """Which blocks the slots of a call read, and where what they draw is to be kept.
+
+  Attributes:
+    owners: [N] int32. The slot that alone reads a block; S for none.
+    fills: [N] int32. Tokens that the owner sees of it.
+    starts: [N] int32. Position of its first token.
+    shared: [M] int32. Blocks that several slots read, all of them full; 0 behind `shared_count`.
+    shared_starts: [M] int32.
+    shared_count: int32 scalar.
+    sharers: [S, M] bool.
+    targets: [S, J] int32. Blocks for what is new, from that of the first new position on; 0 where there is none.
+  """
+
+  owners: jax.Array
+  fills: jax.Array
+  starts: jax.Array
+  shared: jax.Array
+  shared_starts: jax.Array
+  shared_count: jax.Array
+  sharers: jax.Array
+  targets: jax.Array
+
+
+class Partial(NamedTuple):
+  """Attention over some of the keys, not yet divided: largest score and sum of weights [S, K, R], sum [S, K, R, Dh]."""
+
+  top: jax.Array
+  total: jax.Array
+  mean: jax.Array
+
+
+def init(config: ModelConfig, blocks: int, block: int) -> Cache:
+  """Returns an empty cache of `blocks` blocks of `block` tokens in the compute dtype."""
+  def zeros(*shape):
+    shape = (blocks, config.num_kv_heads, *shape)
+    return tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers))
+
+  return Cache(zeros(config.head_dim, block), zeros(block, config.head_dim))
+
+
+def init_fresh(cache: Cache, slots: int, columns: int) -> Fresh:
+  """Returns an empty buffer for `columns` tokens of each slot."""
+  _, k, dh, _ = cache.keys[0].shape
+  keys = tuple(jnp.zeros((slots, k, dh, columns), x.dtype) for x in cache.keys)
+  return Fresh(keys, tuple(jnp.zeros((slots, k, columns, dh), x.dtype) for x in cache.values))
+
+
+def resize(cache: Cache, blocks: int) -> Cache:
+  """Returns the cache with `blocks` blocks; those past them are lost."""
+  def one(x):
+    kept = x[:min(blocks, x.shape[0])]
+    return jnp.pad(kept, [(0, blocks - kept.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+  return jax.tree.map(one, cache)
+
+
+def copy(cache: Cache, sources: jax.Array, targets: jax.Array) -> Cache:
+  """Returns the cache with block targets[r] a copy of block sources[r].
+
+  Args:
+    cache: Donate it.
+    sources: [R] int32.
+    targets: [R] int32, distinct; one that is N or more is skipped.
+  """
+  return jax.tree.map(lambda x: x.at[targets].set(x[sources], mode='drop'), cache)
+
+
+def take(cache: Cache, blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns keys [L, R, K, Dh, P] and values [L, R, K, P, Dh] of blocks [R] int32."""
+  return jnp.stack([x[blocks] for x in cache.keys]), jnp.stack([x[blocks] for x in cache.values])
+
+
+def put(cache: Cache, blocks: jax.Array, keys: jax.Array, values: jax.Array) -> Cache:
+  """Returns the cache with what `take` gave in `blocks`, [R] int32, distinct; one that is N or more is skipped."""
+  return Cache(tuple(x.at[blocks].set(new, mode='drop') for x, new in zip(cache.keys, keys)),
+               tuple(x.at[blocks].set(new, mode='drop') for x, new in zip(cache.values, values)))
+
+
+def store(cache: Cache, fresh: Fresh, targets: jax.Array, first: jax.Array, counts: jax.Array) -> Cache:
+  """Returns the cache with fresh[s, :counts[s]] at the positions from first[s] on.
+
+  Args:
+    cache: Donate it.
+    fresh: What is new.
+    targets: [S, J] int32, see `Reading`.
+    first: [S] int32.
+    counts: [S] int32.
+  """
+  columns = jnp.arange(fresh.values[0].shape[2])[None]
+  positions = first[:, None] + columns
+  which = positions // cache.block - first[:, None] // cache.block
+  blocks = jnp.take_along_axis(targets, jnp.minimum(which, targets.shape[1] - 1), axis=1)
+  # What is not to be kept goes to a block past the end, and with it nowhere.
+  blocks, places = jnp.where(columns < counts[:, None], blocks, cache.blocks), positions % cache.block
+  keys = tuple(write_keys(x, blocks, places, k.transpose(0, 3, 1, 2)) for x, k in zip(cache.keys, fresh.keys))
+  return Cache(keys, tuple(write_values(x, blocks, places, v.transpose(0, 2, 1, 3))
+                           for x, v in zip(cache.values, fresh.values)))
+
+
+def write_keys(buffer: jax.Array, blocks: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
+  """Returns a layer's keys with new [A, B, K, Dh] at places [A, B] of blocks [A, B]; a block of N or more is skipped."""
+  return buffer.at[blocks, :, :, places].set(new.astype(buffer.dtype), mode='drop')
+
+
+def write_values(buffer: jax.Array, blocks: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
+  """As `write_keys`, for a layer's values."""
+  return buffer.at[blocks, :, places].set(new.astype(buffer.dtype), mode='drop')
+
+
+def append(buffer: jax.Array, new: jax.Array, columns: jax.Array, axis: int) -> jax.Array:
+  """Returns a buffer of `Fresh` with new [S, ..., W, ...] at each slot's next column along `axis`.
+
+  Args:
+    buffer: F columns along `axis`.
+    new: W columns. If that is 1, all slots write the last of their columns: those behind have ended.
+    columns: [S] int32.
+    axis: Of the columns.
+  """
+  new = new.astype(buffer.dtype)
+  if new.shape[axis] == 1:
+    return jax.lax.dynamic_update_slice_in_dim(buffer, new, jnp.max(columns), axis)
+  return jax.vmap(lambda row, some, at: jax.lax.dynamic_update_slice_in_dim(row, some, at, axis - 1))(
+      buffer, new, columns)
+
+
+def attend(q: jax.Array, keys: jax.Array, values: jax.Array, fresh_keys: jax.Array, fresh_values: jax.Array,
+           reading: Reading, positions: jax.Array, first: jax.Array, *, window: int = 0, scale: float = 0.0,
+           sinks: jax.Array | None = None) -> jax.Array:
+  """Returns the attention of the last tokens of each slot over its blocks and what is new.
+
+  Args:
+    q: [S, W, K, H/K, Dh].
+    keys: [N, K, Dh, P].
+    values: [N, K, P, Dh].
+    fresh_keys: [S, K, Dh, F], those of the queries among them.
+    fresh_values: [S, K, F, Dh].
+    reading: Which blocks are whose.
+    positions: [S, W] int32. Of the queries.
+    first: [S] int32. Position of column 0 of what is new: all before it is in blocks.
+    window: Tokens back that a query sees, itself included; 0 for all.
+    scale: 0 for Dh^-1/2.
+    sinks: [K, H/K], see `layers.attention_weights`.
+  Returns:
+    [S, W, K, H/K, Dh].
+  """
+  rows = _rows(q, scale)
+  parts = _own(rows, keys, values, fresh_keys, fresh_values, reading, positions, first, window)
+  return _finish(_shared(rows, keys, values, reading, positions, window, parts), q, sinks)
+
+
+def attend_rows(q: jax.Array, keys: jax.Array, values: jax.Array, tables: jax.Array, positions: jax.Array,
+                longest: jax.Array, *, window: int = 0, scale: float = 0.0, sinks: jax.Array | None = None) -> jax.Array:
+  """Returns the attention of many tokens of some contexts over these contexts' blocks, themselves included.
+
+  Args:
+    q: [A, T, K, H/K, Dh].
+    keys: [N, K, Dh, P].
+    values: [N, K, P, Dh].
+    tables: [A, B] int32. Blocks of each context, in order.
+    positions: [A, T] int32. Of the queries.
+    longest: int32 scalar. Tokens of the longest context.
+    window: As for `attend`.
+    scale: As for `attend`.
+    sinks: As for `attend`.
+  Returns:
+    [A, T, K, H/K, Dh].
+  """
+  rows, (a, _, k, _, dh), block = _rows(q, scale), q.shape, keys.shape[-1]
+  stride = max(1, min(STRIDE // block, tables.shape[1]))
+  tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % stride)))
+
+  def body(carry):
+    at, parts = carry
+    ids = jax.lax.dynamic_slice_in_dim(tables, at, stride, axis=1)
+    key = keys[ids].transpose(0, 2, 3, 1, 4).reshape(a, k, dh, stride * block)
+    value = values[ids].transpose(0, 2, 1, 3, 4).reshape(a, k, stride * block, dh)
+    seen = _seen(positions, (at * block + jnp.arange(stride * block))[None], window)
+    return at + stride, merge(parts, _weigh(rows, key, value, seen))
+
+  carry = jnp.int32(0), _nothing(rows)
+  _, parts = jax.lax.while_loop(lambda c: c[0] * block < longest, body, carry)
+  return _finish(parts, q, sinks)
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+  """Returns attention over the keys of both."""
+  top = jnp.maximum(a.top, b.top)
+  scale_a, scale_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
+  return Partial(top, a.total * scale_a + b.total * scale_b,
+                 a.mean * scale_a[..., None] + b.mean * scale_b[..., None])
+
+
+def _rows(q: jax.Array, scale: float) -> jax.Array:
+  """Returns queries [S, W, K, H/K, Dh], scaled, as [S, K, R, Dh]."""
+  s, w, k, g, dh = q.shape
+  scaled = (q.astype(jnp.float32) * (scale or dh**-0.5)).astype(q.dtype)
+  return scaled.transpose(0, 2, 1, 3, 4).reshape(s, k, w * g, dh)
+
+
+def _finish(parts: Partial, q: jax.Array, sinks: jax.Array | None) -> jax.Array:
+  """Returns the attention, of q's shape and dtype, that the parts come to."""
+  s, w, k, g, dh = q.shape
+  total, mean = parts.total, parts.mean
+  if sinks is not None:
+    sink = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None], (1, k, w, g)).reshape(1, k, w * g)
+    top = jnp.maximum(parts.top, sink)
+    shrunk = jnp.exp(parts.top - top)
+    total, mean = total * shrunk + jnp.exp(sink - top), mean * shrunk[..., None]
+  out = (mean / total[..., None]).astype(q.dtype)
+  return out.reshape(s, k, w, g, dh).transpose(0, 2, 1, 3, 4)
+
+
+def _nothing(rows: jax.Array) -> Partial:
+  """Returns attention over no key."""
+  shape = rows.shape[:-1]
+  return Partial(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(rows.shape))
+
+
+def _seen(positions: jax.Array, there: jax.Array, window: int) -> jax.Array:
+  """Returns [A, W, P] bool: whether queries at positions [A, W] see keys at `there`, [A or 1, P]."""
+  distances = positions[:, :, None] - there[:, None]
+  seen = distances >= 0
+  return seen & (distances < window) if window else seen
+
+
+def _scores(rows: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:
+  """Returns the scores, [A, K, R, P] float32, of rows [A, K, R, Dh] for keys [A, K, Dh, P] or, of all, [K, Dh, P].
+
+  Args:
+    rows: Scaled queries.
+    keys: Of each row, or of all.
+    seen: [A, W, P] bool, W dividing R: where a query may look.
+  """
+  each = 'a' if keys.ndim == 4 else ''
+  scores = jnp.einsum(f'akrd,{each}kdp->akrp', rows, keys, preferred_element_type=jnp.float32)
+  seen = jnp.repeat(seen, rows.shape[2] // seen.shape[1], axis=1) if seen.shape[1] > 1 else seen
+  return jnp.where(seen[:, None], scores, MASKED)
+
+
+def _mean(weights: jax.Array, values: jax.Array) -> jax.Array:
+  """Returns the sums, [A, K, R, Dh] float32, of values [A, K, P, Dh] or [K, P, Dh] with weights [A, K, R, P]."""
+  each = 'a' if values.ndim == 4 else ''
+  return jnp.einsum(f'akrp,{each}kpd->akrd', weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+
+
+def _weigh(rows: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> Partial:
+  """Returns attention of `rows` over `keys` and `values`, see `_scores` and `_mean`."""
+  scores = _scores(rows, keys, seen)
+  top = jnp.max(scores, axis=-1)
+  weights = jnp.exp(scores - top[..., None])
+  return Partial(top, jnp.sum(weights, axis=-1), _mean(weights, values))
+
+
+def _own(rows: jax.Array, keys: jax.Array, values: jax.Array, fresh_keys: jax.Array, fresh_values: jax.Array,
+         reading: Reading, positions: jax.Array, first: jax.Array, window: int) -> Partial:
+  """Returns attention of each slot over what is new and the blocks that it alone reads.
+
+  All blocks are read once, each with its owner's queries; those without an owner have nothing to see.
+  """
+  slots, blocks = rows.shape[0], keys.shape[0]
+  owner = jnp.minimum(reading.owners, slots - 1)
+  offsets = jnp.arange(keys.shape[-1])[None]
+  seen = (offsets < reading.fills[:, None])[:, None]
+  if window:
+    seen &= _seen(positions[owner], reading.starts[:, None] + offsets, window)
+  scores = _scores(rows[owner], keys, seen)
+  there = first[:, None] + jnp.arange(fresh_keys.shape[-1])[None]
+  new_scores = _scores(rows, fresh_keys, _seen(positions, there, window))
+
+  mine = reading.owners[None] == jnp.arange(slots)[:, None]
+  top = jnp.max(jnp.where(mine[:, :, None, None], jnp.max(scores, axis=-1)[None], MASKED), axis=1)
+  top = jnp.maximum(top, jnp.max(new_scores, axis=-1))
+  weights, new_weights = jnp.exp(scores - top[owner][..., None]), jnp.exp(new_scores - top[..., None])
+  add_up = lambda x: jnp.dot(mine.astype(jnp.float32), x.reshape(blocks, -1), precision=_EXACT)
+  total = add_up(jnp.sum(weights, axis=-1)).reshape(top.shape) + jnp.sum(new_weights, axis=-1)
+  return Partial(top, total, add_up(_mean(weights, values)).reshape(rows.shape) + _mean(new_weights, fresh_values))
+
+
+def _shared(rows: jax.Array, keys: jax.Array, values: jax.Array, reading: Reading, positions: jax.Array, window: int,
+            parts: Partial) -> Partial:
+  """Returns `parts` and attention over the blocks that several slots read, in one product for all slots."""
+  k, dh, block = keys.shape[1:]
+  stride = max(1, min(STRIDE // block, reading.shared.shape[0]))
+  pad = -reading.shared.shape[0] % stride
+  ids, starts = jnp.pad(reading.shared, (0, pad)), jnp.pad(reading.shared_starts, (0, pad))
+  sharers = jnp.pad(reading.sharers, ((0, 0), (0, pad)))
+
+  def body(carry):
+    at, parts = carry
+    some = lambda x, axis=0: jax.lax.dynamic_slice_in_dim(x, at, stride, axis)
+    there = (some(starts)[:, None] + jnp.arange(block)[None]).reshape(1, -1)
+    seen = jnp.repeat(some(sharers, 1), block, axis=1)[:, None]
+    if window:
+      seen &= _seen(positions, there, window)
+    key = keys[some(ids)].transpose(1, 2, 0, 3).reshape(k, dh, -1)
+    value = values[some(ids)].transpose(1, 0, 2, 3).reshape(k, -1, dh)
+    return at + stride, merge(parts, _weigh(rows, key, value, seen))
+
+  return jax.lax.while_loop(lambda c: c[0] < reading.shared_count, body, (jnp.int32(0), parts))[1]

@@ -1,0 +1,479 @@
+"""The host's books of the cache: which blocks each context holds, which are free, and what is to be written when.
+
+Nothing here touches the device. Changes are noted as work, in steps: what a step reads was written by an earlier one.
+A context whose prompt another is about to compute takes its blocks over at once and computes only what it has beyond
+them, one step later.
+
+Axes: S slots, N blocks, P tokens of a block, M shared blocks, J blocks for new tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from typing import Callable, NamedTuple, Sequence
+
+import numpy as np
+
+from agentrl.sampling.cache import Reading
+from agentrl.sampling.prefixes import Block, Node, PrefixTree
+
+# A block that at least this share of the slots read is read once for all; of others, each reads a copy.
+SHARED_BY = 1 / 4
+# Most shared blocks that a call reads.
+MOST_SHARED = 1024
+# Share of the blocks that hold beginnings of contexts no longer there.
+KEPT_IDLE = 1 / 16
+# The cache becomes smaller if what it holds fills no more than this share of the smaller size.
+SHRINK_BELOW = 0.8
+
+
+class CacheFull(Exception):
+  """There is no block left, and none to be had."""
+
+
+class Copy(NamedTuple):
+  """A block to be copied: ids."""
+
+  source: int
+  target: int
+
+
+class Write(NamedTuple):
+  """Tokens to be computed.
+
+  Attributes:
+    slot: Whose.
+    start: Position of the first.
+    tokens: [n] int32.
+    blocks: Blocks of the context from its beginning to the last of these tokens.
+    policy: Which weights compute them.
+  """
+
+  slot: int
+  start: int
+  tokens: np.ndarray
+  blocks: list[Block]
+  policy: str
+
+
+@dataclasses.dataclass
+class Context:
+  """What a slot holds.
+
+  Attributes:
+    policy: Whose keys and values.
+    blocks: In order.
+    held: Tokens.
+    node: Of the tree, as far as the context is in it by whole blocks.
+    noted: Tokens of it that are in the tree.
+  """
+
+  policy: str
+  node: Node
+  blocks: list[Block] = dataclasses.field(default_factory=list)
+  held: int = 0
+  noted: int = 0
+
+
+@dataclasses.dataclass
+class Parked:
+  """A context that has left its slot: blocks that others hold as well, and a copy of the others' content.
+
+  Attributes:
+    policy: Whose keys and values.
+    tokens: [held] int32.
+    kept: By index into the context's blocks, those still in the cache.
+    keys: [L, n, K, Dh, P], the others' in order.
+    values: [L, n, K, P, Dh].
+    generation: Of the cache; of no use once that has been emptied.
+  """
+
+  policy: str
+  tokens: np.ndarray
+  kept: dict[int, Block]
+  keys: np.ndarray
+  values: np.ndarray
+  generation: int
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes outside the cache."""
+    return self.keys.nbytes + self.values.nbytes
+
+
+class Contexts:
+  """The books of one cache."""
+
+  def __init__(self, slots: int, context: int, block: int, sizes: Sequence[int], reach: int):
+    """Opens the books of an empty cache.
+
+    Args:
+      slots: S.
+      context: Most tokens of a context.
+      block: P.
+      sizes: Numbers of blocks that the cache may have, ascending.
+      reach: Most tokens that a slot draws in a call.
+    """
+    self.slots, self.block, self.sizes = slots, block, tuple(sizes)
+    self.row = -(-context // block)  # most blocks of a context
+    self.spread = (reach + block - 2) // block + 1  # most blocks that a call writes to in a slot
+    self.tokens = np.zeros((slots, self.row * block + 1), np.int32)  # and the pending one
+    self.tree = PrefixTree(block)
+    self.generation = 0
+    self.clear()
+
+  def clear(self):
+    """Forgets everything."""
+    self.size = self.sizes[0]
+    self._all: dict[int, Block] = {}  # that hold something
+    self._free = list(range(self.size))
+    self.tree.clear()
+    self.generation += 1
+    self.contexts: list[Context | None] = [None] * self.slots
+    self._steps: dict[int, list[Copy | Write]] = {}
+    self._due: list[Block] = []
+    self._pinned: list[Block] = []
+
+  # ---- contexts ---------------------------------------------------------------------------------
+
+  def open(self, slot: int, tokens: np.ndarray, policy: str = '') -> int:
+    """Gives a slot what the cache has of the beginning of a context, and returns how many tokens that are."""
+    self.close(slot)
+    path, best, common = self.tree.match(policy, tokens)
+    context = Context(policy, path[-1] if path else self.tree.root(policy))
+    self.contexts[slot] = context
+    for node in path:
+      self._hold(context, node.block)
+    if best is not None:
+      self._begin_like(context, best.block, common)
+    else:
+      common = 0
+    context.held = context.noted = min(len(path) * self.block + common, len(context.blocks) * self.block)
+    self.tokens[slot, :context.held] = tokens[:context.held]
+    return context.held
+
+  def _begin_like(self, context: Context, block: Block, common: int):
+    """Gives a context a last block whose first `common` tokens are those of `block`, if there is room for one."""
+    if not block.users and common >= block.sealed:
+      self._hold(context, block)
+      return
+    try:
+      self._hold(context, self._copied(block))
+    except CacheFull:
+      pass
+
+  def _hold(self, context: Context, block: Block):
+    block.users += 1
+    context.blocks.append(block)
+
+  def _copied(self, source: Block) -> Block:
+    source.pins += 1  # until it is copied
+    self._pinned.append(source)
+    target = self._new()
+    step = 2 * (source.due // 2 + 1)  # copies come at even steps, writes at odd ones
+    self._at(step, Copy(source.id, target.id), [target])
+    return target
+
+  def _at(self, step: int, work: Copy | Write, written: Sequence[Block]):
+    self._steps.setdefault(step, []).append(work)
+    for block in written:
+      block.due = step
+      self._due.append(block)
+
+  def write(self, slot: int, start: int, tokens: np.ndarray):
+    """Has tokens computed from position `start` on, where the slot's context ends.
+
+    Raises:
+      CacheFull: if there is no room for them.
+      ValueError: if the context ends elsewhere.
+    """
+    if self.contexts[slot].held != start:
+      raise ValueError(f'slot {slot} holds {self.contexts[slot].held} tokens and cannot go on from {start}')
+    context, end = self.contexts[slot], start + len(tokens)
+    self.reach(slot, end)
+    self.tokens[slot, start:end] = tokens
+    blocks = context.blocks[:-(-end // self.block)]
+    step = 2 * ((max(b.due for b in blocks) + 1) // 2) + 1
+    self._at(step, Write(slot, start, np.asarray(tokens, np.int32), blocks, context.policy),
+             blocks[start // self.block:])
+    context.held = end
+    if context.noted == start:
+      self.note(slot)
+
+  def reach(self, slot: int, length: int):
+    """Makes room for a context of `length` tokens whose tokens from `held` on are to be written.
+
+    Raises:
+      CacheFull: if there is none.
+    """
+    context = self.contexts[slot]
+    at, inside = divmod(context.held, self.block)
+    if inside and at < len(context.blocks):
+      open_block = context.blocks[at]
+      if open_block.users > 1 or open_block.sealed > inside:
+        context.blocks[at] = self._copied(open_block)
+        context.blocks[at].users += 1
+        self._drop(open_block)
+    while len(context.blocks) * self.block < length:
+      self._hold(context, self._new())
+
+  def lacking(self, slot: int, length: int) -> int:
+    """Returns how many blocks more a context of `length` tokens may need."""
+    context = self.contexts[slot]
+    held = len(context.blocks) if context else 0
+    return max(0, -(-length // self.block) - held) + bool(context and context.held % self.block)
+
+  def truncate(self, slot: int, length: int):
+    """Cuts a slot's context; blocks beyond are free."""
+    context = self.contexts[slot]
+    for block in context.blocks[-(-length // self.block):]:
+      self._drop(block)
+    del context.blocks[-(-length // self.block):]
+    context.held = min(context.held, length)
+    if context.noted > length:
+      context.noted = length
+      while context.node.parent is not None and self._depth(context.node) * self.block > length:
+        context.node = context.node.parent
+
+  def _depth(self, node: Node) -> int:
+    depth = 0
+    while node.parent is not None:
+      node, depth = node.parent, depth + 1
+    return depth
+
+  def note(self, slot: int):
+    """Lets others begin as the slot's context does, as far as it is held."""
+    context, p = self.contexts[slot], self.block
+    at = context.noted // p
+    while at * p < context.held:
+      tokens = self.tokens[slot, at * p:min((at + 1) * p, context.held)]
+      node = self.tree.add(context.node, tokens, context.blocks[at])
+      if len(tokens) < p:
+        break
+      context.node, at = node, at + 1
+    context.noted = context.held
+
+  def close(self, slot: int):
+    """Empties a slot; what it held is kept for others while there is room."""
+    context = self.contexts[slot]
+    if context is not None:
+      self.note(slot)
+      for block in context.blocks:
+        self._drop(block)
+      self.contexts[slot] = None
+
+  def drew(self, slot: int, tokens: Sequence[int]):
+    """Takes note of what a slot drew: the cache holds the token that was pending and all of these but the last."""
+    context = self.contexts[slot]
+    self.tokens[slot, context.held + 1:context.held + 1 + len(tokens)] = tokens
+    context.held += len(tokens)
+    self.truncate(slot, context.held)
+
+  def is_due(self, slot: int) -> bool:
+    """Whether work is to be done on a slot's blocks."""
+    context = self.contexts[slot]
+    return context is not None and any(b.due >= 0 for b in context.blocks)
+
+  def take_steps(self) -> list[list[Copy | Write]]:
+    """Returns what is to be done, step by step, and takes it for done."""
+    steps = [self._steps[step] for step in sorted(self._steps)]
+    for block in self._due:
+      block.due = -1
+    for block in self._pinned:
+      block.pins -= 1
+      self._free_if_unused(block)
+    self._steps, self._due, self._pinned = {}, [], []
+    return steps
+
+  def park(self, slot: int, take: Callable[[list[int]], tuple[np.ndarray, np.ndarray]]) -> Parked:
+    """Empties a slot and returns what it held; no work may be due.
+
+    Args:
+      slot: Which.
+      take: From ids of blocks to their keys [L, n, K, Dh, P] and values [L, n, K, P, Dh].
+    """
+    context = self.contexts[slot]
+    kept = {i: block for i, block in enumerate(context.blocks) if block.users > 1}
+    alone = [block for block in context.blocks if block.users == 1]
+    keys, values = take([b.id for b in alone]) if alone else (np.zeros((0,) * 5), np.zeros((0,) * 5))
+    parked = Parked(context.policy, self.tokens[slot, :context.held].copy(), kept, keys, values, self.generation)
+    for block in alone:
+      self._drop(block)
+    self.contexts[slot] = None
+    return parked
+
+  def unpark(self, slot: int, parked: Parked) -> list[int]:
+    """Gives a slot what was parked, and returns the blocks that the copies are to be put into.
+
+    Raises:
+      CacheFull: if there is no room; nothing is changed then.
+    """
+    self.close(slot)
+    context = self.contexts[slot] = Context(parked.policy, self.tree.root(parked.policy))
+    if parked.generation != self.generation:
+      return []
+    count = -(-len(parked.tokens) // self.block)
+    put: list[Block] = []
+    try:
+      while len(put) < count - len(parked.kept):
+        put.append(self._new())
+    except CacheFull:
+      for block in put:
+        self._free_if_unused(block)
+      self.contexts[slot] = None
+      raise
+    fresh = iter(put)
+    for i in range(count):
+      block = parked.kept.get(i)
+      context.blocks.append(block if block is not None else next(fresh))
+    for block in put:
+      block.users += 1
+    context.held = len(parked.tokens)
+    self.tokens[slot, :context.held] = parked.tokens
+    return [b.id for b in put]
+
+  def again(self, parked: Parked) -> Parked:
+    """Returns the same once more, to be unparked or forgotten apart."""
+    if parked.generation == self.generation:
+      for block in parked.kept.values():
+        block.users += 1
+    return dataclasses.replace(parked)
+
+  def forget(self, parked: Parked):
+    """Lets go of what will not be unparked."""
+    if parked.generation == self.generation:
+      for block in parked.kept.values():
+        self._drop(block)
+
+  # ---- blocks -----------------------------------------------------------------------------------
+
+  @property
+  def used(self) -> int:
+    """Blocks that hold something."""
+    return len(self._all)
+
+  @property
+  def stored(self) -> int:
+    """Tokens that contexts in slots hold, those of a block that several hold counted once."""
+    fills: dict[int, int] = {}
+    for context in self.contexts:
+      for i, block in enumerate(context.blocks if context else ()):
+        fills[block.id] = max(fills.get(block.id, 0), min(self.block, context.held - i * self.block))
+    return sum(f for f in fills.values() if f > 0)
+
+  def available(self) -> int:
+    """Returns how many blocks may still be had."""
+    idle = sum(1 for b in self._all.values() if not (b.users or b.pins) and b.due < 0)
+    return self.sizes[-1] - len(self._all) + idle
+
+  def _new(self) -> Block:
+    if not self._free and self.size < self.sizes[-1]:
+      grown = self.sizes[self.sizes.index(self.size) + 1]
+      self._free.extend(range(self.size, grown))
+      heapq.heapify(self._free)
+      self.size = grown
+    while not self._free:
+      idle = self.tree.idle()
+      if not idle:
+        raise CacheFull(f'all {self.size} blocks of {self.block} tokens are in use')
+      self._forget(idle[0])
+    block = Block(heapq.heappop(self._free))
+    self._all[block.id] = block
+    return block
+
+  def _drop(self, block: Block):
+    block.users -= 1
+    self._free_if_unused(block)
+
+  def _forget(self, leaf: Node):
+    self.tree.remove(leaf)
+    self._free_if_unused(leaf.block)
+
+  def _free_if_unused(self, block: Block):
+    if not (block.users or block.nodes or block.pins) and block.id in self._all:
+      del self._all[block.id]
+      heapq.heappush(self._free, block.id)
+
+  def tidy(self) -> list[Copy]:
+    """Forgets beginnings beyond what is to be kept; returns the copies to make before the cache may shrink to `size`.
+
+    No work may be due.
+    """
+    busy = sum(1 for b in self._all.values() if b.users)
+    smaller = [s for s in self.sizes if s < self.size and busy <= SHRINK_BELOW * s]
+    kept = max(self.row, int(KEPT_IDLE * len(self._all)))
+    if smaller:
+      kept = min(kept, int(SHRINK_BELOW * smaller[0]) - busy)
+    self._forget_idle(len(self._all) - busy - kept)
+    return self._compact(smaller[0]) if smaller and len(self._all) <= smaller[0] else []
+
+  def _forget_idle(self, count: int):
+    """Forgets `count` beginnings that no context uses, or all of them."""
+    while count > 0 and (leaves := self.tree.idle()):
+      for leaf in leaves[:count]:
+        self._forget(leaf)
+      count -= len(leaves)
+
+  def _compact(self, size: int) -> list[Copy]:
+    holes = iter(sorted(set(range(size)) - set(self._all)))
+    copies = []
+    for block in [b for b in self._all.values() if b.id >= size]:
+      target = next(holes)
+      copies.append(Copy(block.id, target))
+      del self._all[block.id]
+      block.id = target
+      self._all[target] = block
+    self.size = size
+    self._free = sorted(set(range(size)) - set(self._all))
+    return copies
+
+  # ---- decoding ---------------------------------------------------------------------------------
+
+  def unshare(self, slots: Sequence[int]):
+    """Gives each of the slots that are to draw copies of blocks that few others of them read, while there is room."""
+    readers: dict[Block, list[tuple[Context, int]]] = {}
+    for slot in slots:
+      context = self.contexts[slot]
+      for i, block in enumerate(context.blocks):
+        if block.users > 1:
+          readers.setdefault(block, []).append((context, i))
+    for block, held in readers.items():
+      if 1 < len(held) < SHARED_BY * self.slots:
+        for context, i in held[1:]:
+          try:
+            context.blocks[i] = self._copied(block)
+          except CacheFull:
+            return
+          context.blocks[i].users += 1
+          self._drop(block)
+
+  def reading(self, slots: Sequence[int]) -> Reading:
+    """Returns which blocks the slots that are to draw read and write; no work may be due."""
+    n, p = self.size, self.block
+    most = min(self.sizes[-1], MOST_SHARED)
+    ids = {slot: np.array([b.id for b in self.contexts[slot].blocks], np.int32) for slot in slots}
+    seen = {slot: ids[slot][:-(-self.contexts[slot].held // p)] for slot in slots}
+    readers = np.bincount(np.concatenate([np.zeros(0, np.int32), *seen.values()]), minlength=n)
+    owners, fills, starts = np.full(n, self.slots, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32)
+    shared = np.flatnonzero(readers > 1).astype(np.int32)
+    if len(shared) > most:
+      raise CacheFull(f'{len(shared)} blocks are shared by slots that draw, but at most {most} may be')
+    place = np.full(n, -1, np.int32)
+    place[shared] = np.arange(len(shared))
+    shared_ids, shared_starts = np.zeros(most, np.int32), np.zeros(most, np.int32)
+    shared_ids[:len(shared)] = shared
+    sharers = np.zeros((self.slots, most), bool)
+    targets = np.full((self.slots, self.spread), n, np.int32)
+    for slot, mine in seen.items():
+      held = self.contexts[slot].held
+      begin = np.arange(len(mine), dtype=np.int32) * p
+      alone = readers[mine] == 1
+      owners[mine[alone]] = slot
+      fills[mine[alone]] = np.minimum(p, held - begin[alone])
+      starts[mine[alone]] = begin[alone]
+      sharers[slot, place[mine[~alone]]] = True
+      shared_starts[place[mine[~alone]]] = begin[~alone]
+      new = ids[slot][held // p:]
+      targets[slot, :len(new)] = new
+    return Reading(owners, fills, starts, shared_ids, shared_starts, np.int32(len(shared)), sharers, targets)
