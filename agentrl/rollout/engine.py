@@ -339,21 +339,26 @@ class Engine:
   async def _decode(self):
     """Draws one chunk for every ready session and hands out what is done."""
     slots, sampler, stats = self._slots, self.sampler, self.stats
-    active = {s.slot: (s, s.request) for s in slots.ready}
-    requests = {
-        slot: SlotRequest(int(s.context.tail(-1)[0]), s.cached, s.request.budget, s.seed, s.request.stop_ids,
-                          s.request.cursor(s.context))
-        for slot, (s, _) in active.items()}
-    # Back to the host as soon as some are done: others may want their slots, or they their tools.
-    enough = max((len(active) + 3) // 4, sampler.slots // 8, 1)
-    floor = max(0, len(active) - enough)
-    started, steps, prefill = time.perf_counter(), sampler.steps, sampler.prefill_seconds
-    try:
-      draws = await asyncio.get_running_loop().run_in_executor(self._pool, sampler.decode, requests, floor)
-    except CacheFull:
-      if not slots.make_room(min(slots.ready, key=lambda s: s.asked_at)):
-        raise
-      return
+    steps, draws = sampler.steps, None
+    while draws is None:
+      if not slots.ready:  # all were cancelled meanwhile
+        return
+      active = {s.slot: (s, s.request) for s in slots.ready}
+      requests = {
+          slot: SlotRequest(int(s.context.tail(-1)[0]), s.cached, s.request.budget, s.seed, s.request.stop_ids,
+                            s.request.cursor(s.context))
+          for slot, (s, _) in active.items()}
+      # Back to the host as soon as some are done: others may want their slots, or they their tools.
+      enough = max((len(active) + 3) // 4, sampler.slots // 8, 1)
+      floor = max(0, len(active) - enough)
+      started, prefill = time.perf_counter(), sampler.prefill_seconds
+      try:
+        draws = await asyncio.get_running_loop().run_in_executor(self._pool, sampler.decode, requests, floor)
+      except CacheFull:
+        # Nobody new is let in before the others have drawn, or they would take each other's room for ever.
+        if slots.ready and not slots.make_room(min(slots.ready, key=lambda s: s.asked_at)):
+          raise
+        slots.extend()
     now = time.perf_counter()
     for slot, (session, request) in active.items():
       # It may have been cancelled, or another turn asked for, meanwhile.

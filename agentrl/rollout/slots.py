@@ -47,17 +47,17 @@ class Slots:
     self.parked_bytes = 0
     self._most_parked_bytes = parked_bytes
     self._priorities = tuple(priorities)
-    self._left: list[tuple[int | None, Parked | None]] = []  # given up while the device was busy
-    self._forked: list[int] = []
+    self._parked: dict[Session, None] = {}  # whose context the host has
+    # What happened while the device was busy, and nobody may touch the cache.
+    self._left: list[int] = []
+    self._forked: list[tuple[Session, Sequence[Session]]] = []
 
   def clear(self):
     """Takes everybody's slot away."""
     self.ready.clear()
     self.queue.clear()
-    self._left.clear()
-    self._forked.clear()
     self.owners = [None] * self.sampler.slots
-    self.parked_bytes = 0
+    self._forget()
 
   # ---- any time ---------------------------------------------------------------------------------
 
@@ -81,28 +81,27 @@ class Slots:
     if session.slot is not None:
       self.timeline.end(session.slot)
       self.owners[session.slot] = None
-    if session.slot is not None or session.parked is not None:
-      self._left.append((session.slot, session.parked))
-    session.slot, session.parked, session.cached = None, None, 0
+      self._left.append(session.slot)
+    session.slot, session.cached = None, 0
     self.withdraw(session)
 
   def forked(self, session: Session, forks: Sequence[Session]):
     """Takes note that sessions go on from where `session` is."""
-    if session.slot is not None:
-      self._forked.append(session.slot)
-    for fork in forks:
-      if session.parked is not None:
-        fork.parked = self.sampler.contexts.again(session.parked)
-        self.parked_bytes += fork.parked.nbytes
+    self._forked.append((session, forks))
 
   def forget(self, sessions: Sequence[Session]):
     """Takes note that the cache was emptied, which held what these sessions, all there are, had come to."""
+    for session in sessions:
+      session.cached = 0
+    self._forget()
+
+  def _forget(self):
     self._left.clear()
     self._forked.clear()
-    for session in sessions:
-      if session.parked is not None:
-        self.parked_bytes -= session.parked.nbytes
-      session.parked, session.cached = None, 0
+    for session in self._parked:
+      session.parked = None
+    self._parked.clear()
+    self.parked_bytes = 0
 
   # ---- between draws ----------------------------------------------------------------------------
 
@@ -112,17 +111,22 @@ class Slots:
     if not self.queue:
       return
     self.queue.sort(key=lambda s: (*(rule(s, self.outlook) for rule in self._priorities), s.asked_at))
-    free = [i for i, owner in enumerate(self.owners) if owner is None]
     now = time.perf_counter()
-    waiting = sorted((s for s in self.owners if s is not None and s.request is None), key=lambda s: s.waiting_since)
-    for session in waiting[:len(self.queue) - len(free)] if len(self.queue) > len(free) else ():
+    waiting = sorted((s for s in self.owners if s is not None and s.request is None), key=lambda s: -s.waiting_since)
+    room = self._room()
+    while self.queue:
+      session, wanted = self.queue[0], self._wanting(self.queue[0])
+      free = next((i for i, owner in enumerate(self.owners) if owner is None), None)
+      if free is not None and (wanted <= room or not (self.ready or waiting)):
+        del self.queue[0]
+        self._enter(session, free)
+        room -= wanted
       # If nobody else could draw, the device would have nothing to do.
-      if now - session.waiting_since >= patience or not (self.ready or free):
-        free.append(session.slot)
-        self.park(session)
-    taken, self.queue = self.queue[:len(free)], self.queue[len(free):]
-    for session, slot in zip(taken, free):
-      self._enter(session, slot)
+      elif waiting and (now - waiting[-1].waiting_since >= patience or not self.ready):
+        self.park(waiting.pop())
+        room = self._room()
+      else:
+        break
 
   def extend(self):
     """Has what the ready sessions' contexts hold beyond the cache written, all but their last tokens."""
@@ -135,8 +139,7 @@ class Slots:
     slot, nbytes = session.slot, self.sampler.held_bytes(session.slot)
     self.stats.evictions += 1
     if session.cached and self.parked_bytes + nbytes <= self._most_parked_bytes:
-      session.parked = self.sampler.park(slot)
-      self.parked_bytes += session.parked.nbytes
+      self._keep(session, self.sampler.park(slot))
       self.stats.parked += 1
     else:
       self.sampler.close(slot)
@@ -149,34 +152,61 @@ class Slots:
   def make_room(self, but: Session) -> bool:
     """Frees blocks of the cache; returns whether there is hope.
 
-    Whoever waits longest for something else than a turn goes first, then who asked last, then what was parked.
+    Who left goes first, then whoever waits longest for something else than a turn, who asked last, and what was parked.
     """
+    if self._left:
+      self._catch_up()
+      return True
     others = [s for s in self.owners if s is not None and s is not but]
     waiting = [s for s in others if s.request is None]
     if others:
       self.park(min(waiting, key=lambda s: s.waiting_since) if waiting else max(others, key=lambda s: s.asked_at))
       return True
-    dropped = False
-    for session in [s for s in self.queue if s.parked is not None]:
-      self._let_go(session.parked)
-      session.parked, dropped = None, True
-    return dropped
+    parked = list(self._parked)
+    for session in parked:
+      self._let_go(session)
+    return bool(parked)
+
+  def _room(self) -> int:
+    """Returns how many blocks of the cache are left for others once all that are ready have drawn a chunk."""
+    contexts, reach = self.sampler.contexts, self.sampler.reach
+    taken = sum(contexts.lacking(s.slot, len(s.context) + min(reach, s.request.budget)) for s in self.ready)
+    return contexts.available() - taken
+
+  def _wanting(self, session: Session) -> int:
+    """Returns how many blocks a session that has no slot would take until it has drawn a chunk."""
+    length = len(session.context) + min(self.sampler.reach, session.request.budget)
+    return self.sampler.contexts.wanting(session.context.tail(0)[:-1], length, session.policy, session.parked)
 
   def _catch_up(self):
     """Does what could not be done while the device was busy."""
-    for slot in self._forked:
-      self.sampler.note(slot)
-    for slot, parked in self._left:
-      if slot is not None:
-        self.sampler.close(slot)
-      if parked is not None:
-        self._let_go(parked)
+    for session, forks in self._forked:
+      if session.slot is not None:
+        self.sampler.note(session.slot)
+      elif session.parked is not None:
+        for fork in forks:
+          self._keep(fork, self.sampler.contexts.again(session.parked))
+    for slot in self._left:
+      self.sampler.close(slot)
+    for session in [s for s in self._parked if s.finished]:
+      self._let_go(session)
     self._forked.clear()
     self._left.clear()
 
-  def _let_go(self, parked: Parked):
-    self.parked_bytes -= parked.nbytes
+  def _keep(self, session: Session, parked: Parked):
+    session.parked = parked
+    self._parked[session] = None
+    self.parked_bytes += parked.nbytes
+
+  def _let_go(self, session: Session):
+    parked = self._take_back(session)
     self.sampler.contexts.forget(parked)
+
+  def _take_back(self, session: Session) -> Parked:
+    parked, session.parked = session.parked, None
+    del self._parked[session]
+    self.parked_bytes -= parked.nbytes
+    return parked
 
   def _enter(self, session: Session, slot: int):
     """Gives a session a free slot, with what the cache or the host has of its context."""
@@ -193,18 +223,17 @@ class Slots:
 
   def _unpark(self, session: Session, slot: int, context: np.ndarray) -> int:
     """Returns how many tokens of its context a session gets back."""
-    parked, session.parked = session.parked, None
-    if parked is None:
+    if session.parked is None:
       return 0
+    parked = self._take_back(session)
     # Its program may have cut or changed the context meanwhile.
     n = min(len(parked.tokens), len(context))
     differ = np.flatnonzero(parked.tokens[:n] != context[:n])
     try:
       held = min(self.sampler.unpark(slot, parked), int(differ[0]) if len(differ) else n)
     except CacheFull:
-      self._let_go(parked)
+      self.sampler.contexts.forget(parked)
       return 0
-    self.parked_bytes -= parked.nbytes
     self.stats.unparked += held > 0
     return held
 

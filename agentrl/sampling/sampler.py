@@ -141,6 +141,7 @@ class Sampler:
     if sizes[-1] * self.block < context:
       raise ValueError(f'the cache would have room for {sizes[-1] * self.block} tokens, {slots} slots of {capacities[-1]}, '
                        f'but one context may have {context}; raise capacities or lower context')
+    sizes[-1] = max(sizes[-1], -(-context // self.block) + 1)  # a block may have to be copied
     self.row_buckets = tuple(sorted(row_buckets or {min(2, slots), min(8, slots), slots}))
     self.token_buckets = tuple(sorted(token_buckets or {min(16, context), min(64, context)}))
     self.contexts = Contexts(slots, context, self.block, sizes, self.reach)

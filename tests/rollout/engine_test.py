@@ -18,7 +18,7 @@ from agentrl.sampling.draw import SamplingParams
 from agentrl.sampling.sampler import Sampler
 from agentrl.sampling.speculation import Speculation
 
-PROMPT = list(range(20, 44))  # Longer than MIN_SHARED_TOKENS and than one extension's width.
+PROMPT = list(range(20, 44))  # Longer than one extension's width.
 
 
 def agent(prompt=PROMPT, turns=3, delays=None, stops=('e', '1', '<|end|>')):
@@ -158,6 +158,21 @@ def test_more_sessions_than_slots_that_all_wait_are_evicted_and_come_back(tiny, 
   others, stats = collect(tiny, jobs)
   assert stats.evictions > 0
   check_same(plain, others)
+
+
+def test_a_cache_with_room_for_little_more_than_one_context_serves_all_in_turn(tiny):
+  # 8 blocks of 16 tokens, and contexts that come to 85: who has begun is not put out by who comes after, for ever.
+  def jobs(wait):
+    return [Job(tiny.task(n), 0, f'g{n}', agent([50 + n, *PROMPT], turns=4, stops=(), delays=lambda i: wait * (n % 3)))
+            for n in range(6)]
+
+  ample, _ = collect(tiny, jobs(0.0), sampler=wide(tiny))
+  assert {len(t.segments[0]) for t in ample} == {85}
+  tight = tiny.sampler(4, capacities=(32,))
+  for wait in (0.0, 0.02):
+    others, stats = collect(tiny, jobs(wait), sampler=tight)
+    check_same(ample, others)
+    assert stats.cache_tokens == stats.chunks * 128
 
 
 def test_nothing_compiles_after_warm_up(tiny):
