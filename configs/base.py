@@ -87,6 +87,8 @@ def get_config() -> ConfigDict:
   c.rollout.chunk = 8  # tokens a slot draws between two looks of the host
   c.rollout.turn_tokens = 64
   c.rollout.trajectory_tokens = 192
+  c.rollout.trajectory_calls = 1_024
+  c.rollout.trajectory_seconds = 3_600.0  # wall time, waiting included
   c.rollout.context_tokens = 256
   c.rollout.capacities = ()  # sizes of the cache, in tokens a slot on average; () for a geometric series up to context_tokens
   c.rollout.block = 0  # tokens of a block of the cache, which contexts share; 0 for about 64
@@ -142,6 +144,11 @@ def get_config() -> ConfigDict:
   c.rl.select = ()  # {'name': selector, **options} each, in order; see agentrl/algorithms/selectors.py
   c.rl.max_generation_batches = 1  # batches of prompts rolled out at most until enough groups are selected
   c.rl.enough = 1.0  # share of rollouts under way after which the slowest are cut and left out; 1 waits for all
+  c.rl.budget = ConfigDict()  # of all rollouts of a step; those under way when it is spent are cut and left out; 0 for none
+  c.rl.budget.tokens = 0  # drawn
+  c.rl.budget.turns = 0
+  c.rl.budget.calls = 0  # of tools
+  c.rl.budget.seconds = 0.0
   c.rl.staleness = 0  # steps that a token may be old when it is learned from: (1 + this) * prompts groups are under way
   c.rl.overlap = False  # draw on while the learner updates, and take its weights between two chunks
   c.rl.keep_cache = False  # what older weights computed of the contexts under way is not computed anew

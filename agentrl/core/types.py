@@ -115,7 +115,8 @@ class Status(str, enum.Enum):
   FINISHED = 'finished'  # the policy gave a final answer
   LENGTH = 'length'  # out of tokens: the turn's, the trajectory's or the context's
   TURN_LIMIT = 'turn_limit'
-  CUT = 'cut'  # the engine stopped it (straggler, shutdown)
+  CALL_LIMIT = 'call_limit'
+  CUT = 'cut'  # the engine stopped it (straggler, budget of all spent, shutdown)
   TOOL_FAILURE = 'tool_failure'
   ENVIRONMENT_FAILURE = 'environment_failure'
   AGENT_FAILURE = 'agent_failure'

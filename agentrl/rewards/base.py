@@ -90,7 +90,7 @@ class Extent:
 
   def __call__(self, task: types.Task, trajectory: types.Trajectory) -> Mapping[str, float]:
     del task
-    truncated = trajectory.status in (types.Status.LENGTH, types.Status.TURN_LIMIT)
+    truncated = trajectory.status in (types.Status.LENGTH, types.Status.TURN_LIMIT, types.Status.CALL_LIMIT)
     return {'turns': float(len(trajectory.turns)), 'tokens': float(trajectory.num_sampled),
             'truncated': float(truncated)}
 

@@ -7,6 +7,7 @@ the event loop serves everyone's tools. Who has a slot is the business of `agent
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -17,7 +18,7 @@ from absl import logging
 
 from agentrl.core.types import Boundary, Status, Task, Trajectory
 from agentrl.models.params import Params
-from agentrl.rollout.budget import Limits
+from agentrl.rollout.budget import Budget, Limits
 from agentrl.rollout.journal import Journal
 from agentrl.rollout.priorities import PRIORITIES
 from agentrl.rollout.session import Session, TrajectoryEnded
@@ -106,7 +107,7 @@ class Engine:
     """Ends the engine's thread."""
     self._pool.shutdown()
 
-  def collect(self, jobs: Sequence[Job], *, policy_version: int = 0, enough: float = 1.0,
+  def collect(self, jobs: Sequence[Job], *, policy_version: int = 0, enough: float = 1.0, budget: Budget = Budget(),
               on_done: Callable[[Trajectory], None] | None = None) -> list[Trajectory]:
     """Runs all jobs to their end and returns their trajectories, in order, each followed by its forks. Blocks.
 
@@ -118,18 +119,21 @@ class Engine:
       policy_version: Recorded on each trajectory and token.
       enough: Share of the trajectories under way after which the rest are cut, status CUT. Below 1, which they are
         depends on time.
+      budget: Of all of them; what is under way when it is spent is cut as well.
       on_done: Called with each trajectory as it ends.
     Raises:
       ValueError: if `enough` is not in (0, 1].
     """
-    return asyncio.run(self.collect_async(jobs, policy_version=policy_version, enough=enough, on_done=on_done))
+    return asyncio.run(self.collect_async(jobs, policy_version=policy_version, enough=enough, budget=budget,
+                                          on_done=on_done))
 
   async def collect_async(self, jobs: Sequence[Job], *, policy_version: int = 0, enough: float = 1.0,
+                          budget: Budget = Budget(),
                           on_done: Callable[[Trajectory], None] | None = None) -> list[Trajectory]:
     """As `collect`, inside a running event loop."""
     if not 0.0 < enough <= 1.0:
       raise ValueError(f'enough={enough} must be in (0, 1]')
-    async with self.serving(policy_version, enough, on_done):
+    async with self.serving(policy_version, enough, budget, on_done):
       sessions = [self.begin(job) for job in jobs]
       while self._tasks:
         await self.serve()
@@ -139,19 +143,26 @@ class Engine:
     return self.take(sessions)
 
   @contextlib.asynccontextmanager
-  async def serving(self, policy_version: int = 0, enough: float = 1.0,
+  async def serving(self, policy_version: int = 0, enough: float = 1.0, budget: Budget = Budget(),
                     on_done: Callable[[Trajectory], None] | None = None) -> AsyncIterator[None]:
     """A block in which programs may be begun and `serve` is called for them; those left at its end are cut."""
     started = time.perf_counter()
-    self._enough, self._cutting, self._on_done = enough, False, on_done
+    self._enough, self._budget, self._on_done = enough, budget, on_done
+    self._cutting, self._spent = '', collections.Counter()
     self._slots.clear()
     self.sampler.reset()
     self.version = policy_version
     self._wake, self._called = asyncio.Event(), False
     self._adopted = []
+    clock = None
+    if budget.seconds:
+      clock = asyncio.get_running_loop().call_later(
+          budget.seconds, self._cut_rest, f'the {budget.seconds:g} s for all trajectories were over')
     try:
       yield
     finally:
+      if clock:
+        clock.cancel()
       for task in list(self._tasks):
         task.cancel()
       await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -181,7 +192,7 @@ class Engine:
     self._adopted = [(s, run) for s, run in self._adopted if id(s.root) not in order]
     for session in taken:
       if not session.finished:  # cut before its program took its first step
-        session.finish(Status.CUT, boundary=Boundary.ENGINE, detail='cut: enough others had ended')
+        session.finish(Status.CUT, boundary=Boundary.ENGINE, detail=f'cut: {self._cutting or "cancelled"}')
     taken.sort(key=lambda s: (order[id(s.root)], s.trajectory.path))
     return [s.trajectory for s in taken if not s.discarded]
 
@@ -217,11 +228,24 @@ class Engine:
     """Takes note that a program is over, and ends the last ones where enough are."""
     self._tasks.discard(task)
     ended = len(self._adopted) - len(self._tasks)
-    if self._enough < 1.0 and not self._cutting and ended >= self._enough * len(self._adopted):
-      self._cutting = True
+    if self._enough < 1.0 and ended >= self._enough * len(self._adopted):
+      self._cut_rest('enough others had ended')
+    self._wake.set()
+
+  def _cut_rest(self, why: str):
+    """Ends what is under way."""
+    if not self._cutting:
+      self._cutting = why
       for straggler in self._tasks:
         straggler.cancel()
-    self._wake.set()
+
+  def spend(self, **used: int):
+    """Takes note of what was used, by the names of `Budget`, and ends all where that was the last of it."""
+    for name, count in used.items():
+      self._spent[name] += count
+      most = getattr(self._budget, name)
+      if most and self._spent[name] >= most:
+        self._cut_rest(f'the {most} {name} for all trajectories were used')
 
   async def _run(self, session: Session, program: Program, on_done):
     RECORDING.set(session.journal and session.journal.recording)
@@ -240,7 +264,7 @@ class Engine:
       if not asyncio.current_task().cancelling():
         session.finish(Status.AGENT_FAILURE, boundary=Boundary.AGENT, detail='something awaited was cancelled')
       elif self._cutting:
-        session.finish(Status.CUT, boundary=Boundary.ENGINE, detail='cut: enough others had ended')
+        session.finish(Status.CUT, boundary=Boundary.ENGINE, detail=f'cut: {self._cutting}')
       else:
         session.finish(Status.CUT, boundary=Boundary.ENGINE, detail='cancelled')
         raise
@@ -359,23 +383,26 @@ class Engine:
         if slots.ready and not slots.make_room(min(slots.ready, key=lambda s: s.asked_at)):
           raise
         slots.extend()
-    now = time.perf_counter()
+    now, turns = time.perf_counter(), 0
     for slot, (session, request) in active.items():
       # It may have been cancelled, or another turn asked for, meanwhile.
-      if session.slot == slot and session.request is request:
+      if session.slot == slot and session.request is request and not request.future.cancelled():
         self._record(session, draws[slot], now)
+        turns += request.future.done()
     self._chunk_seconds += 0.2 * (now - started - self._chunk_seconds)
     prefill, steps = sampler.prefill_seconds - prefill, sampler.steps - steps
     stats.prefill_seconds += prefill
     stats.decode_seconds += now - started - prefill
     slots.timeline.add('device', 'prefill', started, started + prefill)
     slots.timeline.add('device', 'decode', started + prefill, now)
-    stats.decoded_tokens += sum(len(d.tokens) for d in draws.values())
+    tokens = sum(len(d.tokens) for d in draws.values())
+    stats.decoded_tokens += tokens
     stats.steps += steps
     stats.slot_steps += steps * sampler.slots
     stats.chunks += 1
     stats.stored_tokens += sampler.contexts.stored
     stats.cache_tokens += sampler.cache.blocks * sampler.block
+    self.spend(tokens=tokens, turns=turns)
 
   def _record(self, session: Session, draws: Draws, now: float):
     """Appends what a session drew to its trajectory and ends its turn where it is to end."""

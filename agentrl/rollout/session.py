@@ -143,7 +143,7 @@ class Session:
         in the decoded text, and what was drawn past it is rolled back.
       max_tokens: Budget of the turn; the limits' if None.
     Raises:
-      TrajectoryEnded: if no turn or no token is left to sample, nothing was appended yet, or far more was drawn and
+      TrajectoryEnded: if no turn, call or token is left, nothing was appended yet, or far more was drawn and
         rolled back than a trajectory may hold.
       ValueError: if max_tokens is below 1, or a stop is empty, or too many stops are single pieces, or the sampler was not
         made for grammars.
@@ -158,6 +158,8 @@ class Session:
       raise TrajectoryEnded(Status.AGENT_FAILURE, Boundary.AGENT, 'generate() before any append()')
     if self.num_turns >= self.limits.turns:
       raise TrajectoryEnded(Status.TURN_LIMIT, Boundary.POLICY, f'no turn left of {self.limits.turns}')
+    if len(self.trajectory.results) >= self.limits.calls:
+      raise TrajectoryEnded(Status.CALL_LIMIT, Boundary.POLICY, f'no call left of {self.limits.calls}')
     turn_budget = min(self.limits.turn_tokens, max_tokens or self.limits.turn_tokens)
     budget = min(turn_budget, self.tokens_left)
     if budget < 1:
@@ -211,6 +213,7 @@ class Session:
   def observe(self, turn: Turn, calls: Sequence[ToolCall], results: Sequence[ToolResult]):
     """Records what came of a turn."""
     turn.calls, turn.results = tuple(calls), tuple(results)
+    self.engine.spend(calls=len(results))
 
   def finish(self, status: Status, answer: str | None = None, boundary: Boundary | None = None, detail: str = ''):
     """Ends the trajectory."""

@@ -101,7 +101,8 @@ class Parts:
                         capacities=r.capacities or None, token_buckets=r.token_buckets or None, block=r.block,
                         mesh=self.sampler_mesh, speculation=speculation, constrained=r.constrain)
       limits = Limits(turn_tokens=r.turn_tokens, trajectory_tokens=r.trajectory_tokens,
-                      context_tokens=r.context_tokens, turns=self.config.environment.max_turns)
+                      context_tokens=r.context_tokens, turns=self.config.environment.max_turns,
+                      calls=r.trajectory_calls, seconds=r.trajectory_seconds)
       self._engines[sampling] = Engine(sampler, self.tokenizer, limits=limits, seed=self.config.seed,
                                        grammar=self.grammar, priorities=r.priorities, patience=r.patience,
                                        parked_bytes=r.parked_megabytes << 20)

@@ -19,6 +19,7 @@ from agentrl.data.iterator import TaskIterator
 from agentrl.experience import base as memories
 from agentrl.experience.base import REPLAYED
 from agentrl.rollout import gather
+from agentrl.rollout.budget import Budget
 from agentrl.rollout.engine import EngineStats, Job
 from agentrl.rollout.store import decode_task, encode_task
 from agentrl.rollout.stream import Order, Stream
@@ -66,6 +67,7 @@ class Collector:
     self._check_agent()
     self._streamed = c.staleness > 0 or c.overlap
     self._stream: Stream | None = None  # while steps are done
+    self._budget, self._cut = Budget(**c.budget), 0
     self._check_stream()
     self.names = parts.reward.names | {REPLAYED, *self.agent.names, *(self.memory.names if self.memory else ()),
                                        *((GREEDY,) if c.greedy_baseline else ())}
@@ -105,6 +107,7 @@ class Collector:
     if self._greedy:
       self._greedy.sampler.set_params(params)
     self.engine.stats = EngineStats()
+    self._cut = 0
     self._take_weights(params, host)
     for batch in range(c.max_generation_batches):
       fresh = self._roll_out(host, batch)
@@ -124,6 +127,7 @@ class Collector:
       if len(chosen) >= c.prompts:
         break
     metrics['generation_batches'] = batch + 1
+    metrics['cut_trajectories'] = self._cut
     if c.max_generation_batches > 1 and chosen:
       groups = {g: i for i, g in enumerate(chosen)}
       part = [i for i, t in enumerate(trajectories) if groups.get(t.group_id, c.prompts) < c.prompts]
@@ -158,8 +162,11 @@ class Collector:
       iteration = self._iteration(host, 'agent')
       jobs = [job for task, first in self._ask(host, batch, host.stage_step * c.max_generation_batches + batch)
               for job in self._jobs(task, first, task.id, iteration)]
-      collected = gather.collect(self.engine, jobs, own=rate, policy_version=host.stage_step, enough=c.enough)
-    return [t for t in collected if t.status is not Status.CUT]
+      collected = gather.collect(self.engine, jobs, own=rate, policy_version=host.stage_step, enough=c.enough,
+                                 budget=self._budget)
+    kept = [t for t in collected if t.status is not Status.CUT]
+    self._cut += len(collected) - len(kept)
+    return kept
 
   def _note_greedy(self, trajectories: list[Trajectory], host: HostState):
     """Writes on each trajectory what the policy's likeliest words would have earned: part 'greedy'."""
@@ -262,6 +269,10 @@ class Collector:
     if exchange.count() > 1:
       raise ValueError(f'rl.staleness={c.staleness} and rl.overlap={c.overlap} cannot go with {exchange.count()} '
                        'processes: what is under way is saved by one; set them to 0 and False, or run one process')
+    if self._budget != Budget():
+      name, value = next((name, value) for name, value in c.budget.items() if value)
+      raise ValueError(f'rl.budget.{name}={value} ends a step where it is spent and cannot go with rl.staleness='
+                       f'{c.staleness} or rl.overlap, which carry what is under way over to the next; set it to 0')
     if c.enough < 1.0:
       raise ValueError(f'rl.enough={c.enough} cuts the slowest and cannot go with rl.staleness={c.staleness} or '
                        'rl.overlap, which carry them over to the next step; set it to 1')

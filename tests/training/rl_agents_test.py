@@ -112,4 +112,5 @@ def test_the_slowest_are_cut_and_left_out(run):
   metrics = made.step()
   trajectories = made.stored(0)
   assert 8 <= len(trajectories) < 16 and not any(t.status is Status.CUT for t in trajectories)
+  assert metrics['cut_trajectories'] == 16 - len(trajectories)
   assert metrics.get('status/cut', 0.0) == 0.0

@@ -146,6 +146,7 @@ def test_a_stage_made_again_goes_on_as_if_it_had_not_ended(run):
     ({'rl.greedy_baseline': 'true'}, 'rl.greedy_baseline rolls out beside'),
     ({'rollout.devices': '8'}, r'rollout.devices=8 must leave at least 1 of the 8 devices'),
     ({'rl.enough': '0.5'}, r'rl.enough=0.5 cuts the slowest and cannot go with rl.staleness=1'),
+    ({'rl.budget.turns': '5'}, r'rl.budget.turns=5 ends a step where it is spent and cannot go with rl.staleness=1'),
     ({'agent.name': 'experience_prompt', 'rl.recompute_behaviour': 'true'},
      "agent 'experience_prompt' learns from a batch .* cannot go with rl.staleness=1"),
 ])
