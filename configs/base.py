@@ -96,6 +96,9 @@ def get_config() -> ConfigDict:
   c.rollout.priorities = ('begun',)  # who gets a free slot first, see agentrl/rollout/priorities.py; then who asked first
   c.rollout.patience = None  # seconds a session may wait in its slot while others want one; None for a chunk's time
   c.rollout.parked_megabytes = 256  # host memory for the cache of sessions that lost their slots; the rest is computed again
+  # By any name: workdir of a run with the same policy and tokenizer, whose last weights draw the words of sessions that
+  # agent programs open under this name; see Session.open. They are not trained.
+  c.rollout.policies = ConfigDict()
   c.rollout.temperature = 1.0
   c.rollout.constrain = False  # draw within calls only what can become one for one of the tools; needs the extra 'constrain'
   c.rollout.speculate = 0  # tokens guessed from a trajectory's own text and checked in one pass; 0 draws one a pass

@@ -218,6 +218,7 @@ class Engine:
   def adopt(self, session: Session, program: Program) -> asyncio.Task:
     """Starts a program on a session: a job's, or a fork's. Returns its asyncio task, which raises only what `on_done`
     does."""
+    session.adopted = True
     task = asyncio.create_task(self._run(session, program, self._on_done))
     self._adopted.append((session, task))
     self._tasks.add(task)
@@ -275,10 +276,19 @@ class Engine:
       session.finish(Status.AGENT_FAILURE, boundary=Boundary.AGENT, detail=f'{type(e).__name__}: {e}')
     finally:
       trajectory.seconds = time.perf_counter() - started
-      self._slots.leave(session)
+      self._leave(session)
       self._slots.outlook.note(trajectory)
     if on_done:
       on_done(trajectory)
+
+  def _leave(self, session: Session):
+    """Gives up the slots of a session and of those that it opened and nobody else drives."""
+    self._slots.leave(session)
+    for other in session.opened:
+      if not other.adopted:
+        if not other.finished:
+          other.finish(Status.CUT, boundary=Boundary.AGENT, detail='the program that opened it has ended')
+        self._leave(other)
 
   # ---- what sessions ask for -------------------------------------------------------------------
 
@@ -407,8 +417,8 @@ class Engine:
   def _record(self, session: Session, draws: Draws, now: float):
     """Appends what a session drew to its trajectory and ends its turn where it is to end."""
     request, context = session.request, session.context
-    context.append_sampled(draws.tokens, draws.log_probs, draws.entropies, session.num_turns, self.version,
-                           draws.masks)
+    context.append_sampled(draws.tokens, draws.log_probs, draws.entropies, session.num_turns,
+                           -1 if session.policy else self.version, draws.masks)
     session.cached += len(draws.tokens)
     request.budget -= len(draws.tokens)
     reason = 'stop' if draws.stopped else 'length' if request.budget <= 0 else None

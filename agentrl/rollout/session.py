@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import time
 from typing import TYPE_CHECKING, NamedTuple, Sequence
 
 import numpy as np
@@ -99,6 +100,8 @@ class Session:
     self.waiting_since = 0.0  # when the program last took over, for the engine's scheduling
     self.asked_at = 0.0  # when it last asked for a turn
     self._forks = 0
+    self.opened: list[Session] = []  # sessions of other roles, of this one's program
+    self.adopted = False  # whether a program of its own drives it
 
   @property
   def label(self) -> str:
@@ -376,10 +379,7 @@ class Session:
     """
     if n < 0:
       raise ValueError(f'cannot fork {n} sessions')
-    if self.root._descendants + n > self.limits.forks:
-      raise TrajectoryEnded(Status.AGENT_FAILURE, Boundary.AGENT,
-                            f'{self.root._descendants + n} forks of one sample, where {self.limits.forks} are allowed')
-    self.root._descendants += n
+    self._count_descendants(n)
     forks = []
     for _ in range(n):
       t = self.trajectory
@@ -394,3 +394,40 @@ class Session:
       forks.append(fork)
     self.engine.forked(self, forks)
     return forks
+
+  def open(self, policy: str | None = None) -> Session:
+    """Returns a session with a context of its own that is empty yet: a judge, a simulated user, a part of a team.
+
+    Whose program opened it drives it: it appends to it, has it generate, and reads what was said. It ends when that
+    program does, and is then forgotten. To have it trained on, start a program on it with `engine.adopt`: it is a
+    trajectory of the same group then, collected as forks are.
+
+    Args:
+      policy: Who draws its words, one of `engine.sampler.policies`; None for who draws this one's. Tokens of another
+        policy than the learner's, '', have version -1.
+    Raises:
+      ValueError: if there is no such policy.
+      TrajectoryEnded: if the job has as many descendants as the limits allow.
+    """
+    known = self.engine.sampler.policies
+    policy = self.policy if policy is None else policy
+    if policy not in known:
+      raise ValueError(f'policy {policy!r} is unknown; known: {", ".join(map(repr, known))}; see rollout.policies, or '
+                       'engine.sampler.set_params')
+    self._count_descendants(1)
+    t = self.trajectory
+    path = (*t.path, self._forks)
+    self._forks += 1
+    other = Session(self.engine, Trajectory(
+        task=t.task, sample=t.sample, group_id=t.group_id, seed=t.seed, policy_version=t.policy_version, path=path,
+        parent_path=t.path, fork_point=0, fork_points=((1, 0),) * len(path)), self.limits, self.root, self.journals)
+    other.policy, other.waiting_since = policy, time.perf_counter()
+    self.opened.append(other)
+    return other
+
+  def _count_descendants(self, n: int):
+    count = self.root._descendants + n
+    if count > self.limits.forks:
+      raise TrajectoryEnded(Status.AGENT_FAILURE, Boundary.AGENT,
+                            f'{count} forks of one sample, where {self.limits.forks} are allowed')
+    self.root._descendants = count

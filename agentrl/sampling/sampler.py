@@ -369,7 +369,8 @@ class Sampler:
 
     Args:
       requests: By slot.
-      floor: Return once no more than this many slots are still drawing.
+      floor: Return once no more than this many slots are still drawing; with several policies, of one of them that many
+        less.
     Returns:
       By slot; a slot that met no stop and has budget left may simply go on in the next call.
     Raises:
@@ -390,10 +391,10 @@ class Sampler:
     copies = self.contexts.tidy()
     self._copy_blocks(copies)
     self._fit()
-    draws = {}
+    draws, done = {}, len(requests) - floor
     for policy in dict.fromkeys(self.contexts.contexts[slot].policy for slot in requests):
-      draws.update(self._decode_policy({s: r for s, r in requests.items()
-                                        if self.contexts.contexts[s].policy == policy}, floor, policy))
+      own = {s: r for s, r in requests.items() if self.contexts.contexts[s].policy == policy}
+      draws.update(self._decode_policy(own, max(0, len(own) - done), policy))
     return draws
 
   def _decode_policy(self, requests: dict[int, SlotRequest], floor: int, policy: str) -> dict[int, Draws]:

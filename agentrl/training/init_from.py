@@ -34,7 +34,7 @@ def copy_tokenizer(folder: str, path: pathlib.Path):
   temporary.rename(path)
 
 
-def load_params(folder: str, params: Any) -> Any:
+def load_params(folder: str, params: Any, key: str = 'checkpoint.init_from') -> Any:
   """Returns the parameters that another run ended with, in the places of this run's.
 
   The value head is not taken over: a policy without one can be given one so, and keeps everything else. One whose
@@ -43,6 +43,7 @@ def load_params(folder: str, params: Any) -> Any:
   Args:
     folder: The other run's workdir.
     params: New parameters, sharded; a dict.
+    key: Of the config, for messages.
   Raises:
     ValueError: if the folder holds no checkpoint, or one of another architecture.
   """
@@ -54,9 +55,9 @@ def load_params(folder: str, params: Any) -> Any:
     except MismatchError as error:
       found = _untied(checkpointer, kept)
       if found is None:
-        raise ValueError(f'checkpoint.init_from={folder!r}: {error}') from error
+        raise ValueError(f'{key}={folder!r}: {error}') from error
   if found is None:
-    raise ValueError(f'checkpoint.init_from={folder!r} holds no checkpoint: it must be the workdir of a run')
+    raise ValueError(f'{key}={folder!r} holds no checkpoint: it must be the workdir of a run')
   return {**params, **found.arrays.params}
 
 
