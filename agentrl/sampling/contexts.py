@@ -221,7 +221,8 @@ class Contexts:
   def lacking(self, slot: int, length: int) -> int:
     """Returns how many blocks more a slot's context may need to have room for `length` tokens."""
     context = self.contexts[slot]
-    return max(0, -(-length // self.block) - len(context.blocks)) + bool(context.held % self.block)
+    held = len(context.blocks) if context else 0
+    return max(0, -(-length // self.block) - held) + bool(context and context.held % self.block)
 
   def wanting(self, tokens: np.ndarray, length: int, policy: str = '', parked: Parked | None = None) -> int:
     """Returns how many blocks, at most, must be had to open a context with room for `length` tokens.
