@@ -219,13 +219,12 @@ class Contexts:
       self._hold(context, self._new())
 
   def lacking(self, slot: int, length: int) -> int:
-    """Returns how many blocks more a slot's context may need to have room for `length` tokens."""
+    """Returns how many blocks more a slot's context needs to have room for `length` tokens."""
     context = self.contexts[slot]
-    held = len(context.blocks) if context else 0
-    return max(0, -(-length // self.block) - held) + bool(context and context.held % self.block)
+    return max(0, -(-length // self.block) - (len(context.blocks) if context else 0))
 
   def wanting(self, tokens: np.ndarray, length: int, policy: str = '', parked: Parked | None = None) -> int:
-    """Returns how many blocks, at most, must be had to open a context with room for `length` tokens.
+    """Returns how many blocks must be had to open a context with room for `length` tokens.
 
     Args:
       tokens: [n] int32. What it is to begin with.
@@ -237,7 +236,7 @@ class Contexts:
       there = len(parked.kept)
     else:
       there = sum(1 for node in self.tree.match(policy, tokens)[0] if node.block.users)
-    return -(-length // self.block) - there + 1  # and one to be copied
+    return -(-length // self.block) - there
 
   def truncate(self, slot: int, length: int):
     """Cuts a slot's context; blocks beyond are free."""
