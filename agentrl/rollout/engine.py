@@ -12,7 +12,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import time
-from typing import Any, AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, AsyncIterator, Awaitable, Callable, Sequence, TypeVar
 
 from absl import logging
 
@@ -29,6 +29,7 @@ from agentrl.sampling.contexts import CacheFull
 from agentrl.sampling.sampler import MAX_STOPS, Draws, Sampler, SlotRequest
 from agentrl.tools.recording import RECORDING
 
+T = TypeVar('T')
 Program = Callable[[Session], Awaitable[None]]
 
 # A step costs the same however few slots take part, so sessions that may come back within the time of a chunk
@@ -103,6 +104,11 @@ class Engine:
     """What the slots did when."""
     return self._slots.timeline
 
+  def cut(self) -> tuple[EngineStats, Timeline]:
+    """Returns what was done since the last call, and counts anew; call it between two calls of `serve`."""
+    stats, self.stats = self.stats, EngineStats()
+    return stats, self.timeline.cut()
+
   def close(self):
     """Ends the engine's thread."""
     self._pool.shutdown()
@@ -133,20 +139,23 @@ class Engine:
     """As `collect`, inside a running event loop."""
     if not 0.0 < enough <= 1.0:
       raise ValueError(f'enough={enough} must be in (0, 1]')
-    async with self.serving(policy_version, enough, budget, on_done):
-      sessions = [self.begin(job) for job in jobs]
-      while self._tasks:
-        await self.serve()
-      for outcome in await asyncio.gather(*(run for _, run in self._adopted), return_exceptions=True):
-        if isinstance(outcome, Exception):
-          raise outcome
+    started = time.perf_counter()
+    try:
+      async with self.serving(policy_version, enough, budget, on_done):
+        sessions = [self.begin(job) for job in jobs]
+        while self._tasks:
+          await self.serve()
+        for outcome in await asyncio.gather(*(run for _, run in self._adopted), return_exceptions=True):
+          if isinstance(outcome, Exception):
+            raise outcome
+    finally:
+      self.stats.total_seconds += time.perf_counter() - started
     return self.take(sessions)
 
   @contextlib.asynccontextmanager
   async def serving(self, policy_version: int = 0, enough: float = 1.0, budget: Budget = Budget(),
                     on_done: Callable[[Trajectory], None] | None = None) -> AsyncIterator[None]:
     """A block in which programs may be begun and `serve` is called for them; those left at its end are cut."""
-    started = time.perf_counter()
     self._enough, self._budget, self._on_done = enough, budget, on_done
     self._cutting, self._spent = '', collections.Counter()
     self._slots.clear()
@@ -169,7 +178,6 @@ class Engine:
       # A decode that was under way when we were cancelled would write the next collection's cache.
       self._pool.submit(lambda: None).result()
       self._slots.clear()
-      self.stats.total_seconds += time.perf_counter() - started
 
   def begin(self, job: Job, journals: dict[tuple[int, ...], Journal] | None = None) -> Session:
     """Starts a job's program and returns its session.
@@ -275,7 +283,9 @@ class Engine:
       logging.exception('The agent program failed on task %s', trajectory.task.id)
       session.finish(Status.AGENT_FAILURE, boundary=Boundary.AGENT, detail=f'{type(e).__name__}: {e}')
     finally:
-      trajectory.seconds = time.perf_counter() - started
+      now = time.perf_counter()
+      trajectory.seconds = now - started
+      self.stats.tool_seconds += now - session.waiting_since
       self._leave(session)
       self._slots.outlook.note(trajectory)
     if on_done:
@@ -318,6 +328,7 @@ class Engine:
   def withdraw(self, session: Session):
     """Takes back a session's request for a turn."""
     self._slots.withdraw(session)
+    session.waiting_since = time.perf_counter()
 
   def forked(self, session: Session, forks: Sequence[Session]):
     """Takes note that sessions go on from where `session` is."""
@@ -338,8 +349,9 @@ class Engine:
       self._wake.clear()
       if not slots.queue:
         await self._wake.wait()
-      slots.timeline.add('device', 'idle', started)
-      self.stats.idle_seconds += time.perf_counter() - started
+      now = time.perf_counter()
+      slots.timeline.add('device', 'idle', started, now)
+      self.stats.idle_seconds += now - started
 
   def wake(self):
     """Makes a `serve` that waits return."""
@@ -364,11 +376,13 @@ class Engine:
         await asyncio.wait_for(self._wake.wait(), started + linger - now)
       except asyncio.TimeoutError:
         break
+    now = time.perf_counter()
     if self._slots.ready or self._slots.queue:
-      self._slots.timeline.add('device', 'linger', started)
-      self.stats.linger_seconds += time.perf_counter() - started
+      self._slots.timeline.add('device', 'linger', started, now)
+      self.stats.linger_seconds += now - started
     else:
-      self.stats.idle_seconds += time.perf_counter() - started
+      self._slots.timeline.add('device', 'idle', started, now)
+      self.stats.idle_seconds += now - started
 
   async def _decode(self):
     """Draws one chunk for every ready session and hands out what is done."""
@@ -385,9 +399,10 @@ class Engine:
       # Back to the host as soon as some are done: others may want their slots, or they their tools.
       enough = max((len(active) + 3) // 4, sampler.slots // 8, 1)
       floor = max(0, len(active) - enough)
-      started, prefill = time.perf_counter(), sampler.prefill_seconds
+      prefill = sampler.prefill_seconds
       try:
-        draws = await asyncio.get_running_loop().run_in_executor(self._pool, sampler.decode, requests, floor)
+        draws, started, ended = await asyncio.get_running_loop().run_in_executor(
+            self._pool, _timed, sampler.decode, requests, floor)
       except CacheFull:
         # Nobody new is let in before the others have drawn, or they would take each other's room for ever.
         if slots.ready and not slots.make_room(min(slots.ready, key=lambda s: s.asked_at)):
@@ -399,12 +414,12 @@ class Engine:
       if session.slot == slot and session.request is request and not request.future.cancelled():
         self._record(session, draws[slot], now)
         turns += request.future.done()
-    self._chunk_seconds += 0.2 * (now - started - self._chunk_seconds)
+    self._chunk_seconds += 0.2 * (ended - started - self._chunk_seconds)
     prefill, steps = sampler.prefill_seconds - prefill, sampler.steps - steps
     stats.prefill_seconds += prefill
-    stats.decode_seconds += now - started - prefill
+    stats.decode_seconds += ended - started - prefill
     slots.timeline.add('device', 'prefill', started, started + prefill)
-    slots.timeline.add('device', 'decode', started + prefill, now)
+    slots.timeline.add('device', 'decode', started + prefill, ended)
     tokens = sum(len(d.tokens) for d in draws.values())
     stats.decoded_tokens += tokens
     stats.steps += steps
@@ -448,3 +463,9 @@ class Engine:
       else:
         low = middle + 1
     return low
+
+
+def _timed(function: Callable[..., T], *arguments: Any) -> tuple[T, float, float]:
+  """Returns what a function returns, and when it began and ended: while it runs, a program may keep the event loop busy."""
+  started = time.perf_counter()
+  return function(*arguments), started, time.perf_counter()

@@ -16,7 +16,8 @@ from typing import Any, Callable, Sequence
 import jax
 
 from agentrl.core.types import Task, Trajectory
-from agentrl.rollout.engine import Engine, EngineStats, Job
+from agentrl.rollout.engine import Engine, Job
+from agentrl.rollout.stats import WALL_SECONDS, EngineStats
 from agentrl.sharding import exchange
 
 
@@ -25,7 +26,7 @@ def collect(engine: Engine, jobs: Sequence[Job], *, own: Callable[[list[Trajecto
   """Returns the trajectories of all jobs, in order, each followed by its forks. Blocks until every process is done.
 
   Every process must call it with the same jobs. The engine's stats become those of all processes: tokens added up,
-  seconds of the slowest.
+  wall time and its parts those of the slowest.
 
   Args:
     engine: This process's.
@@ -66,9 +67,8 @@ def add_stats(stats: Sequence[EngineStats]) -> EngineStats:
 
 def _slowest(stats: Sequence[EngineStats]) -> EngineStats:
   """Returns the stats of work side by side."""
-  longest = {f.name: max(getattr(s, f.name) for s in stats) for f in dataclasses.fields(EngineStats)
-             if f.name.endswith('_seconds')}
-  return dataclasses.replace(add_stats(stats), **longest)
+  slowest = max(stats, key=lambda s: s.total_seconds)
+  return dataclasses.replace(add_stats(stats), **{name: getattr(slowest, name) for name in WALL_SECONDS})
 
 
 def _dump(value: Any, tasks: list[Task]) -> bytes:

@@ -99,6 +99,7 @@ class Session:
     self.policy = ''  # of those that the engine's sampler has, the one that draws
     self.waiting_since = 0.0  # when the program last took over, for the engine's scheduling
     self.asked_at = 0.0  # when it last asked for a turn
+    self.queued_at = 0.0  # when it was last without a slot for it
     self._forks = 0
     self.opened: list[Session] = []  # sessions of other roles, of this one's program
     self.adopted = False  # whether a program of its own drives it

@@ -42,7 +42,7 @@ class Slots:
     self.queue: list[Session] = []
     self.owners: list[Session | None] = [None] * sampler.slots
     self.stats = EngineStats()
-    self.timeline = Timeline()
+    self.timeline = Timeline(sampler.slots)
     self.outlook = Outlook()
     self.parked_bytes = 0
     self._most_parked_bytes = parked_bytes
@@ -63,7 +63,7 @@ class Slots:
 
   def submit(self, session: Session):
     """Takes a session's request for a turn."""
-    session.asked_at = time.perf_counter()
+    session.asked_at = session.queued_at = time.perf_counter()
     if session.slot is None:
       self.queue.append(session)
     else:
@@ -72,9 +72,12 @@ class Slots:
 
   def withdraw(self, session: Session):
     """Takes back a session's request for a turn."""
-    for waiting in (self.queue, self.ready):
-      if session in waiting:
-        waiting.remove(session)
+    if session in self.queue:
+      self.queue.remove(session)
+    if session in self.ready:
+      self.ready.remove(session)
+      if session.slot is not None:
+        self.timeline.begin(session.slot, session.label, 'wait')
 
   def leave(self, session: Session):
     """Takes note that a session needs its slot no more."""
@@ -148,6 +151,7 @@ class Slots:
     if session in self.ready:
       self.ready.remove(session)
       self.queue.append(session)
+      session.queued_at = time.perf_counter()
 
   def make_room(self, but: Session) -> bool:
     """Frees blocks of the cache; returns whether there is hope.
@@ -212,7 +216,7 @@ class Slots:
     """Gives a session a free slot, with what the cache or the host has of its context."""
     session.slot, self.owners[slot] = slot, session
     self.ready.append(session)
-    self.stats.queue_seconds += time.perf_counter() - session.asked_at
+    self.stats.queue_seconds += time.perf_counter() - session.queued_at
     self.timeline.begin(slot, session.label, 'draw')
     context = session.context.tail(0)[:-1]
     session.cached = self._unpark(session, slot, context)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import time
 from typing import Any, NamedTuple
 
-# Stretches kept at most, the latest: a timeline is to be looked at, not to fill the memory.
+# Stretches kept at most, the first: a timeline is to be looked at, not to fill the memory.
 _MOST = 50_000
+# What the wall time is made up of beside 'host', which is the rest.
+_PHASES = ('prefill', 'decode', 'idle', 'linger')
+# Fields that are parts of the wall time, or all of it; other seconds are added up over sessions.
+WALL_SECONDS = ('total_seconds', *(f'{phase}_seconds' for phase in _PHASES))
 
 
 @dataclasses.dataclass
@@ -15,7 +21,7 @@ class EngineStats:
   """What the engine did since its `stats` were last replaced: seconds, tokens and counts, all to be added up.
 
   Attributes:
-    total_seconds: Wall time in all; it is made up of the five that follow.
+    total_seconds: Wall time in all: the four that follow and `host_seconds`.
     prefill_seconds: The device wrote known tokens.
     decode_seconds: The device drew.
     idle_seconds: Nobody wanted a turn: all waited for tools.
@@ -29,8 +35,8 @@ class EngineStats:
     evictions: Slots taken from sessions that waited.
     parked: Of these, whose part of the cache was kept in host memory.
     unparked: Of these, those that came back to it.
-    tool_seconds: Sessions waited for something else than a turn, added up over sessions.
-    queue_seconds: Sessions wanted a turn and had no slot, added up over sessions.
+    tool_seconds: Sessions waited for something else than a turn, added up over sessions, each wait when it ends.
+    queue_seconds: Sessions wanted a turn and had no slot, added up over sessions, each wait when it ends.
     stored_tokens: Tokens in the cache that contexts hold, added up over chunks; what several hold is counted once.
     cache_tokens: Tokens that the cache had room for, added up over chunks.
   """
@@ -57,13 +63,12 @@ class EngineStats:
   @property
   def host_seconds(self) -> float:
     """Wall time that is neither the device's nor waiting: programs, books, conversions."""
-    return max(0.0, self.total_seconds - self.prefill_seconds - self.decode_seconds - self.idle_seconds -
-               self.linger_seconds)
+    return self.total_seconds - sum(getattr(self, f'{phase}_seconds') for phase in _PHASES)
 
   def metrics(self) -> dict[str, float]:
     """Returns what a step's line of metrics says of its rollout."""
     rate = lambda tokens, seconds: tokens / seconds if seconds else 0.0
-    seconds = {name: getattr(self, f'{name}_seconds') for name in ('prefill', 'decode', 'idle', 'linger', 'host')}
+    seconds = {name: getattr(self, f'{name}_seconds') for name in (*_PHASES, 'host')}
     wanted = self.total_seconds - self.idle_seconds
     return {
         'tokens_per_second/decode': rate(self.decoded_tokens, self.total_seconds),
@@ -101,17 +106,33 @@ class Stretch(NamedTuple):
 
 
 class Timeline:
-  """What each slot did when, since `clear`."""
+  """What each slot did when.
 
-  def __init__(self):
+  Attributes:
+    stretches: In the order of their ends.
+  """
+
+  def __init__(self, slots: int = 0):
+    """Starts now, with so many slots that do nothing."""
+    self._slots = slots
     self._open: dict[int, tuple[str, str, float]] = {}
-    self.clear()
-
-  def clear(self):
-    """Starts again from now; slots that are busy are so from now on."""
     self._zero = time.perf_counter()
-    self._open = {slot: (kind, label, self._zero) for slot, (kind, label, _) in self._open.items()}
     self.stretches: list[Stretch] = []
+
+  def cut(self) -> Timeline:
+    """Returns what was done up to now and starts again; what slots are at goes on in both."""
+    now = time.perf_counter()
+    for slot, (kind, label, start) in self._open.items():
+      self.add(slot, kind, start, now, label)
+      self._open[slot] = kind, label, now
+    done = Timeline(self._slots)
+    done.stretches, self.stretches, self._zero = self.stretches, [], now
+    return done
+
+  @property
+  def seconds(self) -> float:
+    """How long it lasted."""
+    return max((s.end for s in self.stretches), default=0.0)
 
   def begin(self, slot: int, label: str, kind: str):
     """Ends what a slot did and begins another stretch."""
@@ -132,15 +153,59 @@ class Timeline:
 
   def trace(self) -> dict[str, Any]:
     """Returns the timeline as a trace of JSON types that Perfetto and chrome://tracing show."""
-    for slot in list(self._open):
-      kind, label, _ = self._open[slot]
-      self.begin(slot, label, kind)
-    names = {'device': 0}
     events: list[dict[str, Any]] = []
     for s in self.stretches:
-      thread = names.setdefault(s.row, len(names))
-      events.append({'ph': 'X', 'pid': 0, 'tid': thread, 'ts': round(s.start * 1e6), 'dur': round((s.end - s.start) * 1e6),
-                     'name': s.kind, 'args': {'session': s.label} if s.label else {}})
-    meta = [{'ph': 'M', 'pid': 0, 'tid': thread, 'name': 'thread_name',
-             'args': {'name': row if isinstance(row, str) else f'slot {row}'}} for row, thread in names.items()]
+      events.append({'ph': 'X', 'pid': 0, 'tid': _number(s.row), 'ts': round(s.start * 1e6),
+                     'dur': round((s.end - s.start) * 1e6), 'name': s.kind, 'args': {'session': s.label} if s.label else {}})
+    meta = []
+    for row in self._rows():
+      of_row = {'ph': 'M', 'pid': 0, 'tid': _number(row)}
+      meta += [{**of_row, 'name': 'thread_name', 'args': {'name': _name(row)}},
+               {**of_row, 'name': 'thread_sort_index', 'args': {'sort_index': _number(row)}}]
     return {'displayTimeUnit': 'ms', 'traceEvents': meta + events}
+
+  def picture(self, bins: int = 600) -> dict[str, Any]:
+    """Returns the timeline as coarse as it can be drawn, of JSON types.
+
+    Args:
+      bins: Equal parts of its time. In each a row does what it did longest there, or nothing.
+    Returns:
+      'seconds', how long it lasted; 'bins'; 'rows', a list of names with their runs, each (kind, first bin, bin after
+      the last).
+    """
+    seconds = self.seconds
+    kinds: dict[int | str, list[str | None]] = {row: [None] * bins for row in self._rows()}
+    # Bins of several stretches: by row and bin, shares of it by kind.
+    shared: dict[tuple[int | str, int], dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
+    for s in self.stretches:
+      start, end = (t / seconds * bins for t in (s.start, s.end))
+      first, last = min(int(start), bins - 1), min(int(end), bins - 1)
+      kinds[s.row][first + 1:last] = [s.kind] * max(0, last - first - 1)
+      for i in {first, last}:
+        shared[s.row, i][s.kind] += min(end, i + 1) - max(start, i)
+    for (row, i), shares in shared.items():
+      kind = max(shares, key=shares.get)
+      kinds[row][i] = kind if shares[kind] >= 1 - sum(shares.values()) else None
+    return {'seconds': seconds, 'bins': bins, 'rows': [(_name(row), _runs(of_row)) for row, of_row in kinds.items()]}
+
+  def _rows(self) -> list[int | str]:
+    return ['device', *range(self._slots)]
+
+
+def _number(row: int | str) -> int:
+  """The device stands first, then slot by slot."""
+  return 0 if isinstance(row, str) else row + 1
+
+
+def _name(row: int | str) -> str:
+  return row if isinstance(row, str) else f'slot {row}'
+
+
+def _runs(kinds: list[str | None]) -> list[tuple[str, int, int]]:
+  """Returns (kind, first, after the last) of each run of the same kind; those of None are left out."""
+  at, runs = 0, []
+  for kind, run in itertools.groupby(kinds):
+    first, at = at, at + len(list(run))
+    if kind is not None:
+      runs.append((kind, first, at))
+  return runs

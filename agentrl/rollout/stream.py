@@ -26,6 +26,7 @@ from agentrl.rollout import store
 from agentrl.rollout.engine import Engine, Job
 from agentrl.rollout.journal import Journal
 from agentrl.rollout.session import Session
+from agentrl.rollout.stats import EngineStats, Timeline
 
 T = TypeVar('T')
 _CLOSE_SECONDS = 60.0
@@ -134,6 +135,10 @@ class Stream:
     if not 0 < count <= len(self._groups):
       raise ValueError(f'{count} groups are to be taken, but {len(self._groups)} are under way')
     return self._call(self._take(count))
+
+  def cut(self) -> tuple[EngineStats, Timeline]:
+    """Returns what was done since the last call, between calls of `take` included, and what the slots did when."""
+    return self._between(self._engine.cut)
 
   def snapshot(self) -> dict[str, Any]:
     """Returns what is under way as of now, of JSON types."""

@@ -56,6 +56,10 @@ def test_a_trajectory_arrives_as_it_was_sent():
 
 
 def test_stats_add_up_and_the_slowest_process_takes_the_time():
-  one, other = EngineStats(decode_seconds=2.0, decoded_tokens=3, chunks=1), EngineStats(decode_seconds=1.0, decoded_tokens=4)
-  assert gather.add_stats([one, other]) == EngineStats(decode_seconds=3.0, decoded_tokens=7, chunks=1)
-  assert gather._slowest([one, other]) == EngineStats(decode_seconds=2.0, decoded_tokens=7, chunks=1)
+  one = EngineStats(total_seconds=3.0, decode_seconds=1.0, idle_seconds=2.0, tool_seconds=5.0, decoded_tokens=3, chunks=1)
+  other = EngineStats(total_seconds=2.5, decode_seconds=2.0, tool_seconds=1.0, decoded_tokens=4)
+  assert gather.add_stats([one, other]) == EngineStats(
+      total_seconds=5.5, decode_seconds=3.0, idle_seconds=2.0, tool_seconds=6.0, decoded_tokens=7, chunks=1)
+  # Its parts still add up to the time; what sessions waited is the sum over all of them.
+  assert gather._slowest([one, other]) == EngineStats(
+      total_seconds=3.0, decode_seconds=1.0, idle_seconds=2.0, tool_seconds=6.0, decoded_tokens=7, chunks=1)
