@@ -28,6 +28,11 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints,
                                'A run that was stopped goes on.', required=True)
 _STOPPED = flags.DEFINE_integer('stopped_exit_code', 0, 'Exit code after SIGTERM or Ctrl-C, the state being saved; '
                                 'other than 0 for schedulers that start again only what has failed.')
+_TRACE = flags.DEFINE_string('trace', '', 'Steps whose rollouts are written as WORKDIR/trace/step-000012.json.gz, for '
+                             'https://ui.perfetto.dev: what the device and each slot did when. "all", or steps of the '
+                             'run such as 5,100-120.')
+_PROFILE = flags.DEFINE_integer('profile', 0, 'Steps of each stage, from the second on that this start does, that jax '
+                                'profiles into WORKDIR/profile, for TensorBoard or XProf: what the device computed when.')
 processes.define_flags()
 
 _BASE = pathlib.Path(__file__).resolve().parent.parent / 'configs' / 'base.py'
@@ -40,7 +45,8 @@ def main(config: ConfigDict) -> int:
   console = rich.console.Console()
   try:
     processes.start_from_flags()
-    summary = loop.run(config, _WORKDIR.value, on_stage_end=report.write_report)
+    summary = loop.run(config, _WORKDIR.value, on_stage_end=report.write_report, trace=_TRACE.value,
+                       profile=_PROFILE.value)
   except loop.Interrupted as stopped:
     console.print(f'agentrl: {stopped}')
     return _STOPPED.value

@@ -44,6 +44,18 @@ def run_here(config, workdir):
     return main_lib.main(config)
 
 
+@pytest.mark.parametrize('flag, words', [
+    ('--trace=first', "--trace='first': 'first' names no steps of the run; give 'all', or steps such as 5 or 100-120"),
+    ('--profile=-1', '--profile=-1 must be a number of steps, such as 3, or 0 for no profile'),
+])
+def test_steps_that_are_none_are_refused(tiny_config, tmp_path, capsys, flag, words):
+  with flagsaver.flagsaver():
+    flags.FLAGS(['main', '--config=given', f'--workdir={tmp_path / "run"}', flag])
+    assert main_lib.main(tiny_config()) == 2
+  assert words in capsys.readouterr().err
+  assert not (tmp_path / 'run').exists()
+
+
 @pytest.fixture
 def call(tiny_config, tiny_workdir, capsys):
   """Returns a function that calls main in this process and returns what it refuses with."""

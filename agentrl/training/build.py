@@ -38,6 +38,7 @@ from agentrl.tools import base as tools
 from agentrl.tools import executor as executors
 from agentrl.training import demonstrations
 from agentrl.training.init_from import copy_tokenizer
+from agentrl.training.watch import Timelines
 
 TOKENIZER_NAME = 'tokenizer.model'
 
@@ -59,6 +60,7 @@ class Parts:
   test_source: Any
   reward: Any
   system_prompt: str
+  timelines: Timelines
 
   def __post_init__(self):
     self._engines: dict[SamplingParams, Engine] = {}
@@ -146,7 +148,7 @@ class Parts:
     self.executor.close()
 
 
-def build(config: ConfigDict, workdir: str | os.PathLike) -> Parts:
+def build(config: ConfigDict, workdir: str | os.PathLike, timelines: Timelines | None = None) -> Parts:
   """Returns the parts of a run, checked against each other.
 
   Writes the data set and the tokenizer on the first call for a workdir.
@@ -154,6 +156,7 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Parts:
   Args:
     config: See configs/base.py.
     workdir: The run's folder.
+    timelines: Takes those of rollouts; None for a writer of the last one.
   Raises:
     ValueError: if settings do not go together, naming them; also where a part refuses its own.
   """
@@ -187,7 +190,7 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Parts:
   logging.info('Policy of %d parameters on %d device(s), vocabulary %d', num_params(model), mesh.size,
                tokenizer.vocab_size)
   parts = Parts(config, workdir, model, mesh, tokenizer, template, named_tools, call_format, executor,
-                sources['train'], sources['test'], reward, system_prompt)
+                sources['train'], sources['test'], reward, system_prompt, timelines or Timelines(workdir))
   _ = parts.grammar  # tools that no grammar can be made for are refused here
   return parts
 

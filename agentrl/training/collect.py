@@ -21,7 +21,7 @@ from agentrl.experience import base as memories
 from agentrl.experience.base import REPLAYED
 from agentrl.rollout import gather
 from agentrl.rollout.budget import Budget
-from agentrl.rollout.engine import EngineStats, Job
+from agentrl.rollout.engine import Job
 from agentrl.rollout.store import decode_task, encode_task
 from agentrl.rollout.stream import Order, Stream
 from agentrl.rollout.summary import staleness
@@ -110,7 +110,8 @@ class Collector:
     c, trajectories, kept = self._config, [], []
     if self._greedy:
       self._greedy.sampler.set_params(params)
-    self.engine.stats = EngineStats()
+    if not self._stream:
+      self.engine.cut()
     self._cut = 0
     self._take_weights(params, host)
     for batch in range(c.max_generation_batches):
@@ -136,9 +137,9 @@ class Collector:
       groups = {g: i for i, g in enumerate(chosen)}
       part = [i for i, t in enumerate(trajectories) if groups.get(t.group_id, c.prompts) < c.prompts]
       trajectories, selection = [trajectories[i] for i in part], Selection(*(x[part] for x in selection))
-    stats = self.engine.stats
-    metrics['tokens_per_second/decode'] = stats.decoded_tokens / max(1e-9, stats.total_seconds)
-    metrics['decoded_tokens'] = stats.decoded_tokens
+    stats, timeline = (self._stream or self.engine).cut()
+    metrics.update(stats.metrics())
+    self._parts.timelines.write(host.step, 'rl', timeline, keep=True)
     if self._stream:
       metrics.update(staleness([t for t in trajectories if not t.rewards.get(REPLAYED)], host.stage_step))
       metrics['carried_groups'] = self._stream.under_way

@@ -11,7 +11,7 @@ from agentrl.agents import base as agents
 from agentrl.agents.react import react
 from agentrl.core.types import Iteration, Task
 from agentrl.rollout import gather
-from agentrl.rollout.engine import EngineStats, Job
+from agentrl.rollout.engine import Job
 from agentrl.rollout.summary import summarize, wilson_interval
 from agentrl.sampling.draw import SamplingParams
 from agentrl.training.build import Parts
@@ -58,7 +58,7 @@ class EvaluationStage:
     jobs = [Job(task, k, task.id, program) for task in tasks
             for k, program in enumerate(self._programs(environment, task, host))]
     self._engine.sampler.set_params(state.params)
-    self._engine.stats = EngineStats()
+    self._engine.cut()
     trajectories = gather.collect(self._engine, jobs, own=parts.reward.rate, policy_version=host.step)
     metrics = summarize(trajectories)
     low, high = wilson_interval(metrics['success'] * len(trajectories), len(trajectories))
@@ -67,9 +67,9 @@ class EvaluationStage:
     for t in trajectories:
       families.setdefault(t.task.metadata.get('family', 'all'), []).append(t.rewards.get('success', 0.0))
     metrics.update({f'success/{k}': float(np.mean(v)) for k, v in sorted(families.items())})
-    stats = self._engine.stats
-    metrics['tokens_per_second/decode'] = stats.decoded_tokens / max(1e-9, stats.total_seconds)
-    metrics.update({'decoded_tokens': stats.decoded_tokens, 'seconds/rollout': stats.total_seconds})
+    stats, timeline = self._engine.cut()
+    metrics.update({**stats.metrics(), 'seconds/rollout': stats.total_seconds})
+    parts.timelines.write(host.step, self._name, timeline)
     self._store.write(host.step, trajectories, {'stage': self._name})
     self._found = metrics
     return state, metrics

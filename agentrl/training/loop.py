@@ -30,6 +30,7 @@ from agentrl.training.build import Parts, TOKENIZER_NAME, build
 from agentrl.training.init_from import load_params
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
+from agentrl.training.watch import Profiler, Timelines
 
 # Settings that may differ when a run goes on: they do not change what was done so far, or on which devices it is done.
 CHANGEABLE = ('stages', 'sft.steps', 'rl.steps', 'rl.trajectories_every', 'eval.', 'checkpoint.', 'report', 'mesh.',
@@ -48,7 +49,8 @@ class Interrupted(Exception):
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike,
-        on_stage_end: Callable[[pathlib.Path], Any] | None = None) -> dict[str, Any]:
+        on_stage_end: Callable[[pathlib.Path], Any] | None = None, *, trace: str = '',
+        profile: int = 0) -> dict[str, Any]:
   """Runs a config's stages to their end and returns the summary, also written to summary.json.
 
   Starting again in the same workdir goes on where the last checkpoint was made. Blocks. Where several processes are one
@@ -58,6 +60,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike,
     config: See configs/base.py.
     workdir: The run's folder, made if missing; one that all processes see.
     on_stage_end: Called with the workdir when a stage has ended, if the config wants a report.
+    trace: Steps whose rollouts are written into workdir/trace, see `agentrl.training.watch.parse_steps`.
+    profile: Steps of each stage that jax profiles into workdir/profile, from the second on that is done now.
   Raises:
     RunError: if the workdir cannot be used, is in use, or belongs to another config, or a part of the run refuses
       its settings or its data.
@@ -66,8 +70,10 @@ def run(config: ConfigDict, workdir: str | os.PathLike,
   workdir = pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
     with _refusals(), exchange.together():
+      timelines, profiler = Timelines(workdir, trace), Profiler(workdir, profile)
       if exchange.is_first():
         stack.enter_context(_claimed(workdir))
+    stack.enter_context(profiler)
     stop = stack.enter_context(_StopSignals())
     compiles = stack.enter_context(CompileCounterContext())
     started = time.perf_counter()
@@ -79,10 +85,10 @@ def run(config: ConfigDict, workdir: str | os.PathLike,
       with exchange.together():
         if exchange.is_first():
           _check_same_config(config, workdir, bool(checkpointer.steps()))
-      parts = stack.enter_context(contextlib.closing(exchange.in_turn(lambda: build(config, workdir))))
+      parts = stack.enter_context(contextlib.closing(exchange.in_turn(lambda: build(config, workdir, timelines))))
       with exchange.together():
         stages = [_make_stage(parts, text) for text in config.stages]
-      loop = _Loop(parts, checkpointer, stages, stop, compiles, started, on_stage_end)
+      loop = _Loop(parts, checkpointer, stages, stop, compiles, profiler, started, on_stage_end)
     return loop.run()
 
 
@@ -90,10 +96,10 @@ class _Loop:
   """A run, or one process's part of it: all do the same steps, the first one writes of them."""
 
   def __init__(self, parts: Parts, checkpointer: Checkpointer, stages: list[tuple[str, str, Any]],
-               stop: _StopSignals, compiles: CompileCounter, started: float,
+               stop: _StopSignals, compiles: CompileCounter, profiler: Profiler, started: float,
                on_stage_end: Callable[[pathlib.Path], Any] | None):
     self._parts, self._checkpointer, self._stages = parts, checkpointer, stages
-    self._stop, self._compiles = stop, compiles
+    self._stop, self._compiles, self._profiler = stop, compiles, profiler
     self._config = parts.config
     self._started, self._on_stage_end = started, on_stage_end
     self.state, self.host = self._restore_or_start()
@@ -134,8 +140,10 @@ class _Loop:
           self.state = self._everywhere(stage.begin(self.state, host))
         if host.stage_step < stage.steps:
           self._timed('compile', stage.warm_up, self.state)
+        self._profiler.stage(stage.steps, host.stage_step)
         while host.stage_step < stage.steps:
-          metrics = self._step(kind, name, stage)
+          with self._profiler.step(name, host.step):
+            metrics = self._step(kind, name, stage)
           # Lines come before the state they lead to, and after the one they came from is safe: a kill leaves no hole
           # in metrics.jsonl and costs one finished step at most.
           metrics['seconds/checkpoint'] = self._timed('checkpoint', self._checkpointer.wait)
@@ -207,10 +215,15 @@ class _Loop:
 
   def _count(self, kind: str, metrics: dict[str, Any]):
     self._add_seconds(kind, metrics['seconds'])
-    for key in ('decoded_tokens', 'trained_tokens', 'seconds/rollout', 'seconds/update'):
-      if key in metrics:
-        name = f'{kind}/{key}'
-        self.host.totals[name] = self.host.totals.get(name, 0) + metrics[key]
+    counted = {key: metrics[key] for key in ('decoded_tokens', 'trained_tokens', 'seconds/rollout', 'seconds/update')
+               if key in metrics}
+    if 'seconds/rollout' in counted:
+      # What is drawn beside an update takes time as well.
+      drawing = sum(value for key, value in metrics.items() if key.startswith('engine_seconds/'))
+      counted['seconds/rollout'] = max(counted['seconds/rollout'], drawing)
+    for key, value in counted.items():
+      name = f'{kind}/{key}'
+      self.host.totals[name] = self.host.totals.get(name, 0) + value
 
   def _summary(self) -> dict[str, Any]:
     totals = self.host.totals

@@ -17,7 +17,7 @@ from agentrl.core.types import Iteration, Status, Trajectory
 from agentrl.data.iterator import TaskIterator
 from agentrl.models import transformer
 from agentrl.rollout import gather
-from agentrl.rollout.engine import EngineStats, Job
+from agentrl.rollout.engine import Job
 from agentrl.rollout.summary import summarize
 from agentrl.sampling.draw import SamplingParams
 from agentrl.sharding import mesh as meshes
@@ -181,7 +181,7 @@ class OfflineQStage:
     self._engine.sampler.set_params(state.reference)
     if host.stage_step:
       return self._features(state, self._store.read_step(0), self._store.read_step(1))
-    self._engine.stats = EngineStats()
+    self._engine.cut()
     tasks, host.cursor = self._iterator.next(host.cursor)
     parts, c = self._parts, self._config
     logged = gather.collect(self._engine, [Job(task, k, task.id, react(parts.environment, parts.template, task))
@@ -194,7 +194,9 @@ class OfflineQStage:
         for m, (t, turn) in enumerate(self._turns(logged)) for k in range(c.actions - 1)])
     self._store.write(1, offers)
     metrics.update(summarize(logged))
-    metrics['decoded_tokens'] = self._engine.stats.decoded_tokens
+    stats, timeline = self._engine.cut()
+    metrics.update(stats.metrics())
+    parts.timelines.write(host.step, 'offline_q', timeline)
     return self._features(state, logged, offers)
 
   @property

@@ -17,7 +17,7 @@ from agentrl.core.types import Iteration, TrainBatch, Trajectory
 from agentrl.data.iterator import TaskIterator
 from agentrl.models import lora, transformer
 from agentrl.rollout import gather
-from agentrl.rollout.engine import EngineStats, Job
+from agentrl.rollout.engine import Job
 from agentrl.rollout.summary import summarize
 from agentrl.sampling.draw import SamplingParams
 from agentrl.synthesis import pairs as mining
@@ -107,9 +107,9 @@ class PreferenceStage:
     started = time.perf_counter()
     trajectories = self._roll_out(state, host)
     metrics: dict[str, Any] = {**summarize(trajectories), 'seconds/rollout': time.perf_counter() - started}
-    stats = self._engine.stats
-    metrics['decoded_tokens'] = stats.decoded_tokens
-    metrics['tokens_per_second/decode'] = stats.decoded_tokens / max(1e-9, stats.total_seconds)
+    stats, timeline = self._engine.cut()
+    metrics.update(stats.metrics())
+    self._parts.timelines.write(host.step, self._name, timeline)
     updating = time.perf_counter()
     batches = self._batches(state, self._mine(trajectories, host, metrics), metrics)
     metrics['skipped_batches'] = int(not batches)
@@ -133,7 +133,7 @@ class PreferenceStage:
 
   def _roll_out(self, state: LearnerState, host: HostState) -> list[Trajectory]:
     self._engine.sampler.set_params(state.params)
-    self._engine.stats = EngineStats()
+    self._engine.cut()
     tasks, host.cursor = self._iterator.next(host.cursor)
     first = host.cursor['epoch'] * self._config.group_size
     iteration = self._iteration(host, 'agent')

@@ -28,7 +28,7 @@ from agentrl.training import loop
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _KILLS = int(os.environ.get('AGENTRL_KILLS', '3'))
 _STEPS = 8  # 2 supervised, 3 of reinforcement, 3 evaluations
-_TIMES = re.compile(r'time$|seconds|tokens_per_second')
+_TIMES = re.compile(r'time$|seconds|tokens_per_second|engine')  # what depends on time
 
 
 def start(workdir, *overrides):
