@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 import json
 import math
-from typing import NamedTuple, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 WIDTH, HEIGHT = 380, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 26
 _MAX_POINTS = 400
 _COLOURS = 8
+_SPAN_WIDTH, _SPAN_LEFT, _SPAN_RIGHT, _SPAN_TOP, _SPAN_GAP = 1200, 56, 16, 6, 6
 
 
 class Series(NamedTuple):
@@ -134,6 +135,62 @@ def bar_table(title: str, columns: Sequence[str],
       f'<figure><figcaption>{html.escape(title)}</figcaption>'
       f'<div class="bars">{"".join(cells)}</div>'
       f'{_legend([(c, i) for i, c in enumerate(columns)])}</figure>')
+
+
+def share_bar(title: str, parts: Sequence[tuple[str, float]]) -> str:
+  """Returns a figure of one bar divided into parts, with a legend of what each is, in seconds and as a share.
+
+  Args:
+    title: Shown above.
+    parts: Label and seconds; none negative.
+  """
+  total = sum(seconds for _, seconds in parts) or 1.0
+  spans = ''.join(f'<i style="--k:var(--c{i % _COLOURS});width:{100 * seconds / total:.2f}%"></i>'
+                  for i, (_, seconds) in enumerate(parts))
+  labels = [(f'{label}: {number(seconds)} s, {100 * seconds / total:.0f} %', i)
+            for i, (label, seconds) in enumerate(parts)]
+  return (f'<figure><figcaption>{html.escape(title)}</figcaption><div class="share">{spans}</div>'
+          f'<div class="list">{_legend(labels)}</div></figure>')
+
+
+def span_chart(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, int, int]]]], bins: int, seconds: float,
+               colours: Mapping[str, int], legend: Sequence[tuple[str, int]]) -> str:
+  """Returns a wide figure of what each of some rows did when.
+
+  Args:
+    title: Shown above.
+    rows: Name and spans, each (kind, first bin, bin after the last); the first row is set off from the others.
+    bins: Equal parts of the time.
+    seconds: How long it was.
+    colours: Of each kind, by number.
+    legend: What the colours mean.
+  """
+  thick = 14
+  height = thick if len(rows) <= 20 else 9 if len(rows) <= 40 else 7
+  tops = [_SPAN_TOP] + [_SPAN_TOP + thick + _SPAN_GAP + i * height for i in range(len(rows) - 1)]
+  bottom = tops[-1] + height
+  x = lambda at: _SPAN_LEFT + at / bins * (_SPAN_WIDTH - _SPAN_LEFT - _SPAN_RIGHT)
+  ticks = [t for t in nice_ticks(0.0, seconds, 8) if t <= seconds]
+  parts = []
+  for tick in ticks:
+    at = x(tick / (seconds or 1.0) * bins)
+    parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{_SPAN_TOP}" y2="{bottom}"/>'
+                 f'<text x="{at:.1f}" y="{bottom + 15}" text-anchor="middle">{number(tick)}{" s" if tick == ticks[-1] else ""}'
+                 '</text>')
+  # One path a kind keeps a page of many spans small.
+  paths: dict[str, list[str]] = {}
+  for i, (top, (_, spans)) in enumerate(zip(tops, rows)):
+    for kind, first, last in spans:
+      paths.setdefault(kind, []).append(
+          f'M{x(first):.1f} {top}H{x(last):.1f}v{(height if i else thick) - 1}H{x(first):.1f}z')
+  parts += [f'<path class="span" style="--k:var(--c{colours.get(kind, _COLOURS - 1)})" d="{"".join(path)}"/>'
+            for kind, path in paths.items()]
+  every = 1 if height >= 11 else 8
+  parts += [f'<text x="{_SPAN_LEFT - 6}" y="{top + (height if i else thick) / 2 + 3:.1f}" text-anchor="end">{html.escape(name)}</text>'
+            for i, (top, (name, _)) in enumerate(zip(tops, rows)) if not i or (i - 1) % every == 0]
+  return (f'<figure class="wide"><figcaption>{html.escape(title)}</figcaption>'
+          f'<svg class="spans" viewBox="0 0 {_SPAN_WIDTH} {bottom + 20}" role="img" aria-label="{html.escape(title)}">'
+          f'{"".join(parts)}</svg>{_legend(legend)}</figure>')
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:

@@ -41,6 +41,10 @@ figure { margin:0; background:var(--card); border:1px solid var(--line); border-
   padding:10px 12px 8px; }
 figcaption { font-weight:600; font-size:13.5px; margin-bottom:2px; }
 svg.chart { display:block; width:100%; height:auto; touch-action:pan-y; }
+svg.spans { display:block; width:100%; min-width:640px; height:auto; } .span { fill:var(--k); }
+.wide { margin-top:14px; overflow-x:auto; } .share { display:flex; height:22px; border-radius:5px;
+  overflow:hidden; margin:10px 4px 8px; } .share i { background:var(--k); }
+.list .legend { display:block; line-height:1.75; } .list span { display:block; }
 svg text { font-size:10.5px; fill:var(--dim); font-variant-numeric:tabular-nums; }
 .grid { stroke:var(--line); stroke-width:1; } .curve { fill:none; stroke:var(--k); stroke-width:1.9;
   stroke-linejoin:round; } .raw { opacity:.28; stroke-width:1.2; } .dot { fill:var(--k); }

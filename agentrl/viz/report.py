@@ -1,7 +1,7 @@
 """A run's folder as one self-contained page: `python -m agentrl.viz.report runs/quickstart`.
 
-Reads config.json, summary.json, metrics.jsonl and trajectories/, each of which may be missing or
-unfinished.
+Reads config.json, summary.json, metrics.jsonl, timeline.json and trajectories/, each of which may be
+missing or unfinished.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Mapping, Sequence
 
 from agentrl.metrics import writers
 from agentrl.viz import charts
+from agentrl.viz import engine
 from agentrl.viz import page
 from agentrl.viz import samples
 
@@ -83,6 +84,7 @@ def render(rundir: str | os.PathLike) -> str:
   for stage in sorted(stages, key=lambda name: not str(name).startswith('eval')):
     body.append(
         _stage(str(stage), [line for line in lines if line.get('stage', '') == stage], evaluations))
+  body.append(engine.render_engine(rundir, lines))
   body.append(samples.render_samples(rundir / 'trajectories'))
   if not lines:
     body.append('<p class="dim">No metrics yet.</p>')
@@ -182,7 +184,7 @@ def _short(value: Any) -> str:
 def _stage(stage: str, lines: Lines, evaluations: Lines) -> str:
   names = list(
       dict.fromkeys(name for line in lines for name, value in line.items()
-                    if name not in writers.RESERVED and _is_number(value)))
+                    if name not in writers.RESERVED and _is_number(value) and not engine.is_shown(name)))
   title = f'<h2>{html.escape(stage or "metrics")}</h2>'
   if len(lines) < _FEW:
     shown = _family_bars(lines, names) + _line_table(lines, names)
