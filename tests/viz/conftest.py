@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from agentrl.core import types
+from agentrl.metrics import timelines
 from agentrl.metrics import writers
 from agentrl.rollout import store
 
@@ -123,7 +124,23 @@ def _rl_values(step: int, rng) -> dict[str, float]:
       'seconds/checkpoint': 0.05,
       'tokens_per_second/decode': 3900,
       'tokens_per_second/update': 9000 + rng.normal(0, 200),
-      'log_prob_gap_max': 3e-5
+      'log_prob_gap_max': 3e-5,
+      'decoded_tokens': 8000,
+      'tokens_per_second/decode_alone': 5000,
+      'tokens_per_second/prefill_alone': 60000,
+      'engine_seconds/prefill': 0.2,
+      'engine_seconds/decode': 1.6,
+      'engine_seconds/idle': 0.1,
+      'engine_seconds/linger': 0.05,
+      'engine_seconds/host': 0.05,
+      'engine/occupancy': 0.8,
+      'engine/device_idle_while_ready': 0.05,
+      'engine/prefilled_tokens': 12000,
+      'engine/shared_tokens': 90000,
+      'engine/parked': 3,
+      'engine/cache_fill': 0.9,
+      'engine/tool_seconds': 5.0,
+      'engine/queue_seconds': 2.0
   }
 
 
@@ -159,6 +176,9 @@ def make_run(folder: pathlib.Path) -> pathlib.Path:
     advantages = [[np.where(t.segments[0].sampled, a, 0).astype(np.float32)]
                   for t, a in zip(group, total - total.mean())]
     trajectories.write(step, group, {'advantages': advantages})
+  rows = [('device', [('prefill', 0, 1), ('decode', 1, 9), ('idle', 9, 10)])]
+  rows += [(f'slot {i}', [('draw', 0, 4 + i % 4), ('wait', 4 + i % 4, 9)]) for i in range(64)]
+  timelines.write(folder, 279, 'rl', {'seconds': 2.0, 'bins': 10, 'rows': rows})
   (folder / 'config.json').write_text(
       json.dumps({
           'name': 'quickstart',

@@ -15,6 +15,7 @@ import pytest
 from agentrl.core import types
 from agentrl.metrics import writers
 from agentrl.rollout import store
+from agentrl.viz import charts
 from agentrl.viz import report
 from agentrl.viz import samples
 
@@ -100,6 +101,60 @@ def test_figures_of_the_summary_and_evaluations_are_shown(text):
   success = next(c for c in charts if c['series'][0][0] == 'success' and c['marks'])
   assert [mark[1:] for mark in success['marks']] == [[200, 0.55], [280, 0.94]]
   assert len(success['series'][0][1]) == 80
+
+
+def _section(text: str) -> str:
+  return re.search(r'<h2>Engine</h2>(.*?)<h2>', text, re.S).group(1)
+
+
+def test_the_engine_has_a_section_of_its_own(text):
+  section = _section(text)
+  assert re.findall(r'<figcaption>(.*?)</figcaption>', section) == [
+      'last rollout: step 279, 2 s', 'wall time of a rollout (s)', 'shares', 'tokens of a step',
+      'sessions wait: seconds, added up over sessions', 'tokens per second of the device alone',
+      'slots over time: the rollout of step 279 (rl); blank where a slot is free and while the host is at work'
+  ]
+  shares = re.findall(r'width:([\d.]+)%', section)
+  assert shares == ['80.00', '5.00', '10.00', '2.50', '2.50']  # of 2 s
+  assert 'decode: 1.6 s, 80 %' in section and 'idle, all wait for tools: 0.1 s, 5 %' in section
+  # What is shown here is shown nowhere else.
+  assert 'cache_fill' not in text and 'decode alone' not in text
+
+
+def test_the_timeline_has_a_span_for_every_run_of_bins(text):
+  svg = re.search(r'<svg class="spans".*?</svg>', _section(text), re.S).group(0)
+  paths = dict(re.findall(r'--k:var\(--c(\d)\)" d="(.*?)"', svg))
+  # Blue for 64 slots that draw, orange for those that wait; the device's prefill first.
+  names = re.findall(r'--c(\d)', svg)
+  assert names == ['2', '0', '1', '0', '1']
+  spans = re.findall(r'd="(.*?)"', svg)
+  assert [path.count('M') for path in spans] == [1, 1, 1, 64, 64] and set(paths) == {'0', '1', '2'}
+  # The rows do not overlap, and every eighth slot is named.
+  tops = [float(y) for y in re.findall(r'M[\d.]+ ([\d.]+)H', spans[3])]
+  assert tops == sorted(tops) and {b - a for a, b in zip(tops, tops[1:])} == {7.0}
+  assert re.findall(r'>(slot \d+)<', svg) == [f'slot {i}' for i in range(0, 64, 8)]
+  left, right = (float(x) for x in re.search(r'M([\d.]+) [\d.]+H([\d.]+)', spans[1]).groups())
+  prefill = re.search(r'M([\d.]+) [\d.]+H([\d.]+)', spans[0]).groups()
+  assert float(prefill[1]) == left and right - left == pytest.approx(8 * (left - float(prefill[0])), abs=0.5)
+
+
+def test_few_slots_are_all_named():
+  rows = [('device', [('decode', 0, 5)]), *((f'<slot {i}>', [('draw', 0, 5)]) for i in range(3))]
+  svg = charts.span_chart('a & b', rows, 5, 1.0, {'draw': 0}, (('draws', 0),))
+  assert [f'&lt;slot {i}&gt;' in svg for i in range(3)] == [True] * 3 and 'a &amp; b' in svg
+  Page(svg)
+  Page(charts.span_chart('nothing', [('device', [])], 5, 0.0, {}, ()))
+
+
+def test_a_run_of_few_rollouts_shows_the_last_one(tmp_path, run_folder):
+  line = next(l for l in reversed(writers.read_metrics(run_folder)) if l['stage'] == 'rl')
+  with writers.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    writer.write(0, 'eval', {k: v for k, v in line.items() if k not in writers.RESERVED})
+  page = report.render(tmp_path)
+  assert 'last rollout: step 0, 2 s' in page and 'slots over time' not in page
+  (tmp_path / 'timeline.json').write_text('{"step"')
+  page = Page(report.render(tmp_path))
+  assert len(page.with_class('note')) == 1 and 'timeline.json holds no timeline' in page.text
 
 
 def test_tokens_carry_who_wrote_them_and_their_numbers(tmp_path):
