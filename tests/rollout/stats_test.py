@@ -127,6 +127,24 @@ def test_what_programs_do_while_the_device_draws_is_not_the_devices_time(tiny):
   assert stats.host_seconds + stats.idle_seconds + stats.linger_seconds >= blocked - sampler.seconds
 
 
+def test_a_session_that_lost_its_slot_is_in_the_queue_from_then_on(tiny):
+  """The cache holds one session and a half: who asked last leaves its slot in mid-turn."""
+  made = Sampler(tiny.config, slots=2, context=96, chunk=4, block=16, capacities=(72,), row_buckets=(2,),
+                 token_buckets=(16,))
+  made.set_params(tiny.params)
+  async def long(session):
+    session.append(PROMPT)
+    await session.generate(max_tokens=64)
+    session.finish(Status.FINISHED)
+  with tiny.engine(sampler=made, turn_tokens=64) as engine:
+    engine.cut()
+    trajectories = engine.collect([Job(tiny.task(n), 0, str(n), long) for n in range(2)])
+    stats, timeline = engine.cut()
+  assert stats.evictions > 0
+  assert sum(t.seconds for t in trajectories) == pytest.approx(
+      stats.tool_seconds + stats.queue_seconds + spent(timeline, 'draw'), rel=0.02)
+
+
 def test_occupancy_and_rates_are_quotients_of_counts(mixed):
   trajectories, stats, _, _ = mixed
   found = stats.metrics()
