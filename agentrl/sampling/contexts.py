@@ -259,6 +259,8 @@ class Contexts:
   def note(self, slot: int):
     """Lets others begin as the slot's context does, as far as it is held."""
     context, p = self.contexts[slot], self.block
+    if context.node.gone:
+      context.node, context.noted = self.tree.root(context.policy), 0
     at = context.noted // p
     while at * p < context.held:
       tokens = self.tokens[slot, at * p:min((at + 1) * p, context.held)]

@@ -44,6 +44,11 @@ class Node:
     self.alike: dict[int, list[Node]] = {}  # children by first token, latest last
     self.met = 0
 
+  @property
+  def gone(self) -> bool:
+    """Whether it was taken out of the tree."""
+    return self.parent is None and self.block is not None
+
 
 class PrefixTree:
   """The beginnings of contexts that the cache holds, for each policy apart."""
@@ -113,9 +118,10 @@ class PrefixTree:
     return sorted(leaves, key=lambda n: n.met)
 
   def remove(self, leaf: Node):
-    """Takes a leaf out; its block is free if nobody else holds it."""
+    """Takes a leaf out, which has no parent then; its block is free if nobody else holds it."""
     del leaf.parent.children[leaf.tokens.tobytes()]
     leaf.parent.alike[int(leaf.tokens[0])].remove(leaf)
+    leaf.parent = None  # a context with other blocks of the same tokens may still refer to it
     leaf.block.nodes -= 1
     if not leaf.block.nodes:
       leaf.block.sealed = 0

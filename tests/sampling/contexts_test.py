@@ -1,0 +1,302 @@
+"""The books of the cache against a plain model of it, under random work.
+
+The model is a list of tokens a slot, and a device whose every place holds what it was computed from: the policy and all
+tokens up to its own. What a context holds is right if, and only if, each of its places says so. Whoever computes a
+token reads all places before it, so these are looked at too.
+"""
+
+from __future__ import annotations
+
+import collections
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+import numpy as np
+
+from agentrl.sampling.contexts import CacheFull, Contexts, Copy
+
+SLOTS, BLOCK, CONTEXT, REACH = 4, 4, 15, 6
+SIZES = (4, 6, 9)  # the largest holds two contexts and a bit
+TOKENS = st.sampled_from([1, 1, 1, 2])
+# Most begin alike.
+TEXTS = st.builds(lambda ones, rest: ([1] * ones + rest)[:CONTEXT - 1], st.integers(0, 14), st.lists(TOKENS, max_size=6))
+SLOT = st.integers(0, SLOTS - 1)
+
+
+class Device:
+  """What the places of the blocks hold, as `Sampler` would have it."""
+
+  def __init__(self):
+    self.places = collections.defaultdict(lambda: [None] * BLOCK)
+
+  def take(self, ids):
+    keys = np.empty((1, len(ids), 1, 1, BLOCK), object)
+    for i, block in enumerate(ids):
+      keys[0, i, 0, 0] = self.places[block]
+    return keys, np.zeros(keys.shape)
+
+  def copy(self, source, target):
+    self.places[target] = list(self.places[source])
+
+
+class Books(RuleBasedStateMachine):
+  """Does with the books what a sampler does, in any order."""
+
+  parked = Bundle('parked')
+
+  def __init__(self):
+    super().__init__()
+    self.books = Contexts(SLOTS, CONTEXT, BLOCK, SIZES, REACH)
+    self.device = Device()
+    self.truth: dict[int, tuple[str, list[int]]] = {}  # by slot
+    self.outside = []  # what is parked, and whether it still counts
+
+  # ---- what the device does ---------------------------------------------------------------------
+
+  def flush(self):
+    for work in self.books.take_steps():
+      for copy in (w for w in work if isinstance(w, Copy)):
+        self.device.copy(copy.source, copy.target)
+      # All of a step read what was there before it.
+      written = []
+      for write in (w for w in work if not isinstance(w, Copy)):
+        tokens = self.books.tokens[write.slot, :write.start + len(write.tokens)].tolist()
+        assert tokens[write.start:] == write.tokens.tolist()
+        self.check_places([b.id for b in write.blocks], write.policy, tokens[:write.start])
+        written += [(write.blocks[at // BLOCK], at % BLOCK, (write.policy, *tokens[:at + 1]))
+                    for at in range(write.start, len(tokens))]
+      for block, place, content in written:
+        self.device.places[block.id][place] = content
+
+  def check_places(self, ids, policy, tokens):
+    for at in range(len(tokens)):
+      assert self.device.places[ids[at // BLOCK]][at % BLOCK] == (policy, *tokens[:at + 1])
+
+  def settle(self, slot):
+    if self.books.is_due(slot):
+      self.flush()
+
+  # ---- what a sampler is asked for --------------------------------------------------------------
+
+  @rule(slot=SLOT, tokens=TEXTS, policy=st.sampled_from(['', '', '', '', 'other']))
+  def open(self, slot, tokens, policy):
+    self.settle(slot)
+    held = self.books.open(slot, np.asarray(tokens, np.int32), policy)
+    self.truth[slot] = policy, tokens[:held]
+
+  @rule(slot=SLOT)
+  def close(self, slot):
+    self.settle(slot)
+    self.books.close(slot)
+    self.truth.pop(slot, None)
+
+  @precondition(lambda self: self.truth)
+  @rule(data=st.data())
+  def note(self, data):
+    self.books.note(data.draw(st.sampled_from(sorted(self.truth))))
+
+  @precondition(lambda self: self.truth)
+  @rule(data=st.data(), into=SLOT)
+  def fork(self, data, into):
+    source = data.draw(st.sampled_from(sorted(self.truth)))
+    self.books.note(source)
+    policy, tokens = self.truth[source]
+    self.open(into, list(tokens), policy)
+
+  @precondition(lambda self: self.truth)
+  @rule(data=st.data())
+  def truncate(self, data):
+    slot = data.draw(st.sampled_from(sorted(self.truth)))
+    policy, tokens = self.truth[slot]
+    length = data.draw(st.integers(0, len(tokens)))
+    self.settle(slot)
+    self.books.truncate(slot, length)
+    self.truth[slot] = policy, tokens[:length]
+
+  @precondition(lambda self: self.truth)
+  @rule(data=st.data(), tokens=TEXTS)
+  def write(self, data, tokens):
+    slot = data.draw(st.sampled_from(sorted(self.truth)))
+    policy, before = self.truth[slot]
+    tokens = tokens[:CONTEXT - len(before)]
+    if tokens:
+      try:
+        self.books.write(slot, len(before), np.asarray(tokens, np.int32))
+      except CacheFull:
+        return
+      self.truth[slot] = policy, before + tokens
+
+  @precondition(lambda self: any(len(t) + 1 < CONTEXT for _, t in self.truth.values()))
+  @rule(data=st.data())
+  def decode(self, data):
+    fit = [s for s, (_, t) in sorted(self.truth.items()) if len(t) + 1 < CONTEXT]
+    slots = data.draw(st.lists(st.sampled_from(fit), min_size=1, unique=True))
+    drawn = {s: data.draw(st.lists(TOKENS, min_size=1, max_size=min(REACH, CONTEXT - 1 - len(self.truth[s][1]))))
+             for s in slots}
+    books = self.books
+    try:
+      for slot in slots:
+        books.tokens[slot, len(self.truth[slot][1])] = 1
+        books.reach(slot, len(self.truth[slot][1]) + len(drawn[slot]))
+    except CacheFull:
+      return
+    books.unshare(slots)
+    self.flush()
+    for copy in books.tidy():
+      self.device.copy(copy.source, copy.target)
+    reading = books.reading(slots)
+    for slot in slots:
+      self.check_reading(reading, slot)
+    for slot in slots:
+      policy, before = self.truth[slot]
+      after = [*before, 1, *drawn[slot][:-1]]
+      context = books.contexts[slot]
+      for at in range(len(before), len(after)):
+        target = reading.targets[slot, at // BLOCK - len(before) // BLOCK]
+        assert target == context.blocks[at // BLOCK].id and context.blocks[at // BLOCK].users == 1
+        self.device.places[int(target)][at % BLOCK] = (policy, *after[:at + 1])
+      books.drew(slot, drawn[slot])
+      self.truth[slot] = policy, after
+
+  def check_reading(self, reading, slot):
+    """A slot sees each place of its context once, and nothing else."""
+    policy, tokens = self.truth[slot]
+    seen = []
+    for block in np.flatnonzero(reading.owners == slot):
+      seen += [(reading.starts[block] + i, self.device.places[int(block)][i]) for i in range(reading.fills[block])]
+    for m in range(int(reading.shared_count)):
+      if reading.sharers[slot, m]:
+        seen += [(reading.shared_starts[m] + i, self.device.places[int(reading.shared[m])][i]) for i in range(BLOCK)]
+    assert sorted(seen) == [(at, (policy, *tokens[:at + 1])) for at in range(len(tokens))]
+
+  @precondition(lambda self: self.truth)
+  @rule(target=parked, data=st.data())
+  def park(self, data):
+    slot = data.draw(st.sampled_from(sorted(self.truth)))
+    self.flush()
+    left = self.books.park(slot, self.device.take), self.truth.pop(slot)
+    assert left[0].tokens.tolist() == left[1][1]
+    self.outside.append(left[0])
+    return left
+
+  @rule(slot=SLOT, left=consumes(parked))
+  def unpark(self, slot, left):
+    parked, truth = left
+    self.close(slot)
+    try:
+      ids = self.books.unpark(slot, parked)
+    except CacheFull:
+      self.books.forget(parked)
+      self.remove(parked)
+      return
+    self.remove(parked)
+    for i, block in enumerate(ids):
+      self.device.places[block] = list(parked.keys[0, i, 0, 0])
+    self.truth[slot] = truth if parked.generation == self.books.generation else (truth[0], [])
+
+  @rule(target=parked, left=parked)
+  def again(self, left):
+    other = self.books.again(left[0])
+    self.outside.append(other)
+    return other, left[1]
+
+  @rule(left=consumes(parked))
+  def forget(self, left):
+    self.books.forget(left[0])
+    self.remove(left[0])
+
+  def remove(self, parked):
+    self.outside = [p for p in self.outside if p is not parked]
+
+  @rule()
+  def do_what_is_noted(self):
+    self.flush()
+
+  @rule(really=st.integers(0, 9))
+  def clear(self, really):
+    if not really:
+      self.books.clear()
+      self.device = Device()
+      self.truth.clear()
+
+  # ---- what is always so ------------------------------------------------------------------------
+
+  def parked_now(self):
+    return [p for p in self.outside if p.generation == self.books.generation]
+
+  @invariant()
+  def every_block_is_free_or_used_and_its_users_are_known(self):
+    books = self.books
+    assert sorted([*books._free, *books._all]) == list(range(books.size)) and books.size in SIZES
+    users, nodes = collections.Counter(), collections.Counter()
+    for context in books.contexts:
+      users.update(b for b in (context.blocks if context else ()))
+    for parked in self.parked_now():
+      users.update(parked.kept.values())
+    nodes.update(node.block for node in books.tree._walk())
+    for number, block in books._all.items():
+      assert block.id == number and block.users == users[block] and block.nodes == nodes[block], number
+      assert block.users or block.nodes or block.pins
+    assert {*users, *nodes} <= set(books._all.values())
+
+  @invariant()
+  def slots_hold_what_they_should(self):
+    for slot, context in enumerate(self.books.contexts):
+      assert (context is None) == (slot not in self.truth)
+      if context is not None:
+        policy, tokens = self.truth[slot]
+        assert (context.policy, context.held) == (policy, len(tokens))
+        assert self.books.tokens[slot, :context.held].tolist() == tokens
+
+  @invariant()
+  def what_is_held_is_what_was_computed(self):
+    """So nobody has written to what another holds."""
+    for slot, (policy, tokens) in self.truth.items():
+      blocks = self.books.contexts[slot].blocks
+      if not self.books.is_due(slot):
+        self.check_places([b.id for b in blocks], policy, tokens)
+    for parked in self.parked_now():
+      tokens = parked.tokens.tolist()
+      for i, block in parked.kept.items():
+        for at in range(i * BLOCK, min((i + 1) * BLOCK, len(tokens)) if block.due < 0 else 0):
+          assert self.device.places[block.id][at % BLOCK] == (parked.policy, *tokens[:at + 1])
+
+  def teardown(self):
+    self.flush()
+    self.what_is_held_is_what_was_computed()
+    for slot in range(SLOTS):
+      self.books.close(slot)
+    for parked in self.outside:
+      self.books.forget(parked)
+    self.books._forget_idle(10_000)
+    assert self.books.used == 0 and sorted(self.books._free) == list(range(self.books.size))
+
+
+TestBooks = Books.TestCase
+TestBooks.settings = settings(stateful_step_count=50)
+
+
+def test_who_was_noted_under_a_beginning_that_is_gone_is_noted_anew():
+  """Two slots compute the same block; the tree has the first one's, which goes, and then the second one's."""
+  books = Contexts(3, CONTEXT, BLOCK, (6,), REACH)
+  for slot in (0, 1):
+    books.open(slot, np.zeros(0, np.int32))
+    books.write(slot, 0, np.full(4, 1, np.int32))
+  books.take_steps()
+  books.close(0)
+  # Five of the six blocks are had anew, the first one's among them.
+  for slot in (0, 2):
+    books.open(slot, np.zeros(0, np.int32))
+  books.write(0, 0, np.full(15, 2, np.int32))
+  books.write(2, 0, np.full(4, 3, np.int32))
+  books.take_steps()
+  books.close(0)
+  books.close(2)
+  books.write(1, 4, np.full(3, 1, np.int32))
+  books.take_steps()
+  books.close(1)
+  assert books.open(1, np.full(7, 1, np.int32)) == 7
+  books.close(1)
+  books._forget_idle(100)
+  assert books.used == 0
