@@ -310,6 +310,7 @@ class Contexts:
       take: From ids of blocks to their keys [L, n, K, Dh, P] and values [L, n, K, P, Dh].
     """
     context = self.contexts[slot]
+    self.truncate(slot, context.held)  # room for more may have been made
     kept = {i: block for i, block in enumerate(context.blocks) if block.users > 1}
     alone = [block for block in context.blocks if block.users == 1]
     keys, values = take([b.id for b in alone]) if alone else (np.zeros((0,) * 5), np.zeros((0,) * 5))

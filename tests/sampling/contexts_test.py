@@ -191,6 +191,7 @@ class Books(RuleBasedStateMachine):
       self.remove(parked)
       return
     self.remove(parked)
+    assert len(ids) == parked.keys.shape[1] or not ids
     for i, block in enumerate(ids):
       self.device.places[block] = list(parked.keys[0, i, 0, 0])
     self.truth[slot] = truth if parked.generation == self.books.generation else (truth[0], [])
@@ -300,3 +301,14 @@ def test_who_was_noted_under_a_beginning_that_is_gone_is_noted_anew():
   books.close(1)
   books._forget_idle(100)
   assert books.used == 0
+
+
+def test_room_made_for_more_tokens_is_not_parked():
+  books, device = Contexts(1, CONTEXT, BLOCK, (4,), REACH), Device()
+  books.open(0, np.zeros(0, np.int32))
+  books.write(0, 0, np.full(6, 1, np.int32))
+  books.take_steps()
+  books.reach(0, 6 + REACH)  # and then something came in between
+  parked = books.park(0, device.take)
+  assert parked.keys.shape[1] == 2 and books.used == 2  # of the tree
+  assert len(books.unpark(0, parked)) == 2 and books.contexts[0].held == 6
