@@ -325,6 +325,8 @@ class Session:
       if turn.segment == last - 1:
         turn.start, turn.end = shifted(turn.start), shifted(turn.end)
     t.fork_points = tuple((n, shifted(at) if n == last else at) for n, at in t.fork_points)
+    if t.fork_points:
+      t.fork_point = t.fork_points[-1][1]
     t.loss_from = shifted(t.loss_from)
     self.cached = min(self.cached, start, max(0, len(self.context) - 1))
 

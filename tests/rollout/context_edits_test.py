@@ -233,6 +233,23 @@ def test_forks_after_edits_know_who_drew_their_turns(tiny):
   check_truth(tiny, [root, child, grandchild])
 
 
+def test_a_fork_that_is_stripped_shares_less(tiny):
+  async def program(session):
+    session.append(PROMPT)
+    [fork] = session.fork(1)
+    session.finish(Status.FINISHED)
+
+    async def rest(fork):
+      await fork.generate(max_tokens=4)
+      fork.strip(5, 8)
+      fork.finish(Status.FINISHED)
+
+    session.engine.adopt(fork, rest)
+
+  (_, fork), _ = collect(tiny, program)
+  assert (fork.fork_point, fork.fork_points) == (17, ((1, 17),))
+
+
 def test_a_fork_that_is_rolled_back_shares_less(tiny):
   async def program(session):
     session.append(PROMPT)
