@@ -169,8 +169,12 @@ class Contexts:
 
   def _copied(self, source: Block) -> Block:
     source.pins += 1  # until it is copied
+    try:
+      target = self._new()
+    except CacheFull:
+      source.pins -= 1
+      raise
     self._pinned.append(source)
-    target = self._new()
     step = 2 * (source.due // 2 + 1)  # copies come at even steps, writes at odd ones
     self._at(step, Copy(source.id, target.id), [target])
     return target

@@ -184,6 +184,8 @@ def test_policies_share_the_cache_and_nothing_in_it(tiny):
   together = sampler.decode({0: request(20), 1: request(20)})
   for slot in (0, 1):
     np.testing.assert_array_equal(together[slot].tokens, alone[slot].tokens)
+  # Back once one is done: each of the two calls would be, before its first pass, were one left out of both.
+  assert min(len(d.tokens) for d in sampler.decode({0: request(20), 1: request(20)}, floor=1).values()) > 0
   # A slot opened anew finds its own policy's beginning.
   assert sampler.open(2, TOKENS[:20], 'other') == 20
 
