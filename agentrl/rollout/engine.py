@@ -220,7 +220,7 @@ class Engine:
     self.sampler.set_params(params)
     self.version = version
     if not keep_cache:
-      self._slots.forget(self.under_way())
+      self._slots.forget()
       self.sampler.reset()
 
   def adopt(self, session: Session, program: Program) -> asyncio.Task:

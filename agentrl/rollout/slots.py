@@ -92,10 +92,11 @@ class Slots:
     """Takes note that sessions go on from where `session` is."""
     self._forked.append((session, forks))
 
-  def forget(self, sessions: Sequence[Session]):
-    """Takes note that the cache was emptied, which held what these sessions, all there are, had come to."""
-    for session in sessions:
-      session.cached = 0
+  def forget(self):
+    """Takes note that the cache was emptied."""
+    for session in self.owners:
+      if session is not None:
+        session.cached = 0
     self._forget()
 
   def _forget(self):
@@ -135,6 +136,8 @@ class Slots:
     """Has what the ready sessions' contexts hold beyond the cache written, all but their last tokens."""
     for session in list(self.ready):
       if session.slot is not None:
+        if self.sampler.contexts.contexts[session.slot] is None:  # the cache was emptied
+          self._open(session, session.context.tail(0)[:-1])
         self._extend(session)
 
   def park(self, session: Session):
@@ -188,7 +191,7 @@ class Slots:
       if session.slot is not None:
         self.sampler.note(session.slot)
       elif session.parked is not None:
-        for fork in forks:
+        for fork in (f for f in forks if f.adopted):  # no program would ever let go of another's
           self._keep(fork, self.sampler.contexts.again(session.parked))
     for slot in self._left:
       self.sampler.close(slot)
@@ -221,9 +224,12 @@ class Slots:
     context = session.context.tail(0)[:-1]
     session.cached = self._unpark(session, slot, context)
     if not session.cached:
-      session.cached = self.sampler.open(slot, context, session.policy)
-      self.stats.shared_tokens += session.cached
+      self._open(session, context)
     self._extend(session)
+
+  def _open(self, session: Session, context: np.ndarray):
+    session.cached = self.sampler.open(session.slot, context, session.policy)
+    self.stats.shared_tokens += session.cached
 
   def _unpark(self, session: Session, slot: int, context: np.ndarray) -> int:
     """Returns how many tokens of its context a session gets back."""
