@@ -105,7 +105,8 @@ class Parked:
 class Contexts:
   """The books of one cache."""
 
-  def __init__(self, slots: int, context: int, block: int, sizes: Sequence[int], reach: int):
+  def __init__(self, slots: int, context: int, block: int, sizes: Sequence[int], reach: int,
+               share: bool = True):
     """Opens the books of an empty cache.
 
     Args:
@@ -114,8 +115,9 @@ class Contexts:
       block: P.
       sizes: Numbers of blocks that the cache may have, ascending.
       reach: Most tokens that a slot draws in a call.
+      share: Whether contexts take over what others began with.
     """
-    self.slots, self.block, self.sizes = slots, block, tuple(sizes)
+    self.slots, self.block, self.sizes, self._share = slots, block, tuple(sizes), share
     self.row = -(-context // block)  # most blocks of a context
     self.spread = (reach + block - 2) // block + 1  # most blocks that a call writes to in a slot
     self.tokens = np.zeros((slots, self.row * block + 1), np.int32)  # and the pending one
@@ -262,6 +264,8 @@ class Contexts:
 
   def note(self, slot: int):
     """Lets others begin as the slot's context does, as far as it is held."""
+    if not self._share:
+      return
     context, p = self.contexts[slot], self.block
     if context.node.gone:
       context.node, context.noted = self.tree.root(context.policy), 0

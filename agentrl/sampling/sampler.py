@@ -102,7 +102,7 @@ class Sampler:
                sampling: SamplingParams = SamplingParams(), capacities: Sequence[int] | None = None,
                row_buckets: Sequence[int] | None = None, token_buckets: Sequence[int] | None = None,
                block: int = 0, mesh: Mesh | None = None, speculation: Speculation | None = None,
-               constrained: bool = False):
+               constrained: bool = False, share: bool = True):
     """Makes a sampler without parameters; see `set_params`.
 
     Args:
@@ -120,6 +120,7 @@ class Sampler:
         has all the devices that they lie on, or, in a run of one process, none of them.
       speculation: Guess tokens from the slot's own text, so that a pass may draw several; None for one a pass.
       constrained: Whether turns may follow a grammar: the host is then asked for masks at every step.
+      share: Whether contexts that begin alike share blocks; if not, each is computed whole, to measure what that saves.
     Raises:
       ValueError: if the cache could not hold one context.
     """
@@ -144,7 +145,7 @@ class Sampler:
     sizes[-1] = max(sizes[-1], -(-context // self.block) + 1)  # a block may have to be copied
     self.row_buckets = tuple(sorted(row_buckets or {min(2, slots), min(8, slots), slots}))
     self.token_buckets = tuple(sorted(token_buckets or {min(16, context), min(64, context)}))
-    self.contexts = Contexts(slots, context, self.block, sizes, self.reach)
+    self.contexts = Contexts(slots, context, self.block, sizes, self.reach, share)
     self._params: dict[str, Params] = {}
     self._mesh = mesh
     self._view = jax.jit(functools.partial(functions.sampler_view, config=config)) if mesh is None else None
