@@ -125,6 +125,7 @@ class Slots:
         del self.queue[0]
         self._enter(session, free)
         room -= wanted
+        waiting = [s for s in waiting if s.slot is not None]  # one may have had to make room
       # If nobody else could draw, the device would have nothing to do.
       elif waiting and (now - waiting[-1].waiting_since >= patience or not self.ready):
         self.park(waiting.pop())
