@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a collection, as a terminal sends it: the process ends soon, and with it all that it started."""
+"""Ctrl-C in the middle of a collection, as a terminal sends it: the process ends, and with it all that it started."""
 
 from __future__ import annotations
 

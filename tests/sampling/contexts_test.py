@@ -20,7 +20,8 @@ SLOTS, BLOCK, CONTEXT, REACH = 4, 4, 15, 6
 SIZES = (4, 6, 9)  # the largest holds two contexts and a bit
 TOKENS = st.sampled_from([1, 1, 1, 2])
 # Most begin alike.
-TEXTS = st.builds(lambda ones, rest: ([1] * ones + rest)[:CONTEXT - 1], st.integers(0, 14), st.lists(TOKENS, max_size=6))
+TEXTS = st.builds(lambda ones, rest: ([1] * ones + rest)[:CONTEXT - 1], st.integers(0, 14),
+                  st.lists(TOKENS, max_size=6))
 SLOT = st.integers(0, SLOTS - 1)
 
 
