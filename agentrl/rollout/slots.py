@@ -117,6 +117,10 @@ class Slots:
     self.queue.sort(key=lambda s: (*(rule(s, self.outlook) for rule in self._priorities), s.asked_at))
     now = time.perf_counter()
     waiting = sorted((s for s in self.owners if s is not None and s.request is None), key=lambda s: -s.waiting_since)
+    # All that go go first: what those that come need is then computed together.
+    for _ in range(len(self.queue) - self.owners.count(None)):
+      if waiting and now - waiting[-1].waiting_since >= patience:
+        self.park(waiting.pop())
     room = self._room()
     while self.queue:
       session, wanted = self.queue[0], self._wanting(self.queue[0])
@@ -146,7 +150,11 @@ class Slots:
     slot, nbytes = session.slot, self.sampler.held_bytes(session.slot)
     self.stats.evictions += 1
     if session.cached and self.parked_bytes + nbytes <= self._most_parked_bytes:
+      started, before = time.perf_counter(), self.sampler.prefill_seconds
       self._keep(session, self.sampler.park(slot))
+      waited = self.sampler.prefill_seconds - before
+      self.timeline.add('device', 'prefill', started, started + waited)
+      self.stats.prefill_seconds += waited
       self.stats.parked += 1
     else:
       self.sampler.close(slot)

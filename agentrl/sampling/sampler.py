@@ -135,7 +135,7 @@ class Sampler:
     if constrained:
       self.masks = MaskTable(slots, config.vocab_size, 1 + speculation.tokens if speculation else 1)
     self.steps = 0  # passes through the network so far, of `decode`
-    self.prefill_seconds = 0.0  # that `decode` waited for known tokens, so far
+    self.prefill_seconds = 0.0  # waited for known tokens so far, in `decode` and `park`
     self.block = min(block or block_of(context), context)
     capacities = sorted(capacities or buckets(min(64, context), context))
     sizes = sorted({slots * -(-capacity // self.block) for capacity in capacities})
@@ -272,7 +272,7 @@ class Sampler:
 
   def park(self, slot: int) -> Parked:
     """Empties a slot and returns what it held, for `unpark`. Waits for the device."""
-    self.flush()
+    self._finish()
     return self.contexts.park(slot, self._take_blocks)
 
   def unpark(self, slot: int, parked: Parked) -> int:
@@ -331,6 +331,13 @@ class Sampler:
         self._write([w for w in work if isinstance(w, Write) and w.policy == policy], policy)
     return bool(steps)
 
+  def _finish(self):
+    """Waits until the device has done what is noted."""
+    started = time.perf_counter()
+    if self.flush():
+      jax.block_until_ready(self.cache)
+      self.prefill_seconds += time.perf_counter() - started
+
   def held_bytes(self, slot: int) -> int:
     """Returns the bytes of the blocks of a slot's context."""
     context = self.contexts.contexts[slot]
@@ -385,10 +392,7 @@ class Sampler:
       self.contexts.tokens[slot, r.length] = r.pending
       self.contexts.reach(slot, r.length + min(r.budget, self.reach))
     self.contexts.unshare(list(requests))
-    started = time.perf_counter()
-    if self.flush():
-      jax.block_until_ready(self.cache)
-      self.prefill_seconds += time.perf_counter() - started
+    self._finish()
     copies = self.contexts.tidy()
     self._copy_blocks(copies)
     self._fit()
