@@ -17,6 +17,7 @@ heads, Dh head width, F columns of the buffer of new tokens, L layers.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 
 from agentrl.models.config import ModelConfig
 from agentrl.models.layers import MASKED
+from agentrl.sharding import mesh as meshes
 
 # Blocks of which a step of the loops over shared blocks, and over those of an extension, reads this many tokens.
 STRIDE = 256
@@ -150,25 +152,60 @@ def store(cache: Cache, fresh: Fresh, targets: jax.Array, first: jax.Array, coun
     first: [S] int32.
     counts: [S] int32.
   """
-  columns = jnp.arange(fresh.values[0].shape[2])[None]
-  positions = first[:, None] + columns
-  which = positions // cache.block - first[:, None] // cache.block
-  blocks = jnp.take_along_axis(targets, jnp.minimum(which, targets.shape[1] - 1), axis=1)
-  # What is not to be kept goes to a block past the end, and with it nowhere.
-  blocks, places = jnp.where(columns < counts[:, None], blocks, cache.blocks), positions % cache.block
-  keys = tuple(write_keys(x, blocks, places, k.transpose(0, 3, 1, 2)) for x, k in zip(cache.keys, fresh.keys))
-  return Cache(keys, tuple(write_values(x, blocks, places, v.transpose(0, 2, 1, 3))
+  starts = first % cache.block
+  keys = tuple(write_rows(x, k.transpose(0, 3, 1, 2), targets, starts, counts, axis=3)
+               for x, k in zip(cache.keys, fresh.keys))
+  return Cache(keys, tuple(write_rows(x, v.transpose(0, 2, 1, 3), targets, starts, counts, axis=2)
                            for x, v in zip(cache.values, fresh.values)))
 
 
-def write_keys(buffer: jax.Array, blocks: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
-  """Returns a layer's keys with new [A, B, K, Dh] at places [A, B] of blocks [A, B]; a block of N or more is skipped."""
-  return buffer.at[blocks, :, :, places].set(new.astype(buffer.dtype), mode='drop')
+def write_rows(buffer: jax.Array, new: jax.Array, tables: jax.Array, starts: jax.Array, counts: jax.Array,
+               axis: int) -> jax.Array:
+  """Returns a layer's keys or values with new[r, :counts[r]] at the positions from starts[r] on of the context tables[r].
+
+  Args:
+    buffer: Keys [N, K, Dh, P] or values [N, K, P, Dh].
+    new: [A, T, K, Dh].
+    tables: [A, B] int32. Blocks of each context, in order; those written belong to no other.
+    starts: [A] int32.
+    counts: [A] int32, at most T.
+    axis: Of the tokens in the buffer, 3 or 2.
+  """
+  return jax.lax.platform_dependent(buffer, new, tables, starts, counts, tpu=functools.partial(write_blocks, axis=axis),
+                                    default=functools.partial(write_tokens, axis=axis))
 
 
-def write_values(buffer: jax.Array, blocks: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
-  """As `write_keys`, for a layer's values."""
-  return buffer.at[blocks, :, places].set(new.astype(buffer.dtype), mode='drop')
+def write_tokens(buffer, new, tables, starts, counts, *, axis):
+  """`write_rows` as a scatter of tokens, which is the fastest on CPU."""
+  columns, block = jnp.arange(new.shape[1])[None], buffer.shape[axis]
+  positions = starts[:, None] + columns
+  blocks = jnp.take_along_axis(tables, jnp.minimum(positions // block, tables.shape[1] - 1), axis=1)
+  # What is not to be kept goes to a block past the end, and with it nowhere.
+  blocks, places = jnp.where(columns < counts[:, None], blocks, buffer.shape[0]), positions % block
+  at = buffer.at[blocks, :, :, places] if axis == 3 else buffer.at[blocks, :, places]
+  return at.set(new.astype(buffer.dtype), mode='drop')
+
+
+def write_blocks(buffer, new, tables, starts, counts, *, axis):
+  """`write_rows` by whole blocks, read and written back, in place.
+
+  Of a scatter of many tokens XLA's TPU backend makes one over another layout, and copies the buffer there and back.
+  """
+  (a, t, k, dh), block = new.shape, buffer.shape[axis]
+  reach = (t + block - 2) // block + 1  # most blocks that a row writes to
+  which = starts[:, None] // block + jnp.arange(reach)[None]
+  ids = jnp.take_along_axis(tables, jnp.minimum(which, tables.shape[1] - 1), axis=1)
+  touched = (which * block < (starts + counts)[:, None]) & (counts > 0)[:, None]
+  ids = jnp.where(touched, ids, buffer.shape[0])
+  first = starts % block
+  spread = jax.vmap(lambda row, at: jax.lax.dynamic_update_slice_in_dim(
+      jnp.zeros((reach * block, k, dh), buffer.dtype), row, at, 0))(new.astype(buffer.dtype), first)
+  columns = (jnp.arange(reach * block)[None] - first[:, None]).reshape(a, reach, block)
+  is_new = (columns >= 0) & (columns < counts[:, None, None])
+  spread = spread.reshape(a, reach, block, k, dh).transpose((0, 1, 3, 4, 2) if axis == 3 else (0, 1, 3, 2, 4))
+  is_new = is_new[:, :, None, None, :] if axis == 3 else is_new[:, :, None, :, None]
+  old = buffer[jnp.minimum(ids, buffer.shape[0] - 1)]
+  return buffer.at[ids].set(jnp.where(is_new, spread, old), mode='drop')
 
 
 def append(buffer: jax.Array, new: jax.Array, columns: jax.Array, axis: int) -> jax.Array:
@@ -321,7 +358,7 @@ def _own(rows: jax.Array, keys: jax.Array, values: jax.Array, fresh_keys: jax.Ar
 
   All blocks are read once, each with its owner's queries; those without an owner have nothing to see.
   """
-  slots, blocks = rows.shape[0], keys.shape[0]
+  slots = rows.shape[0]
   owner = jnp.minimum(reading.owners, slots - 1)
   offsets = jnp.arange(keys.shape[-1])[None]
   seen = (offsets < reading.fills[:, None])[:, None]
@@ -331,13 +368,15 @@ def _own(rows: jax.Array, keys: jax.Array, values: jax.Array, fresh_keys: jax.Ar
   there = first[:, None] + jnp.arange(fresh_keys.shape[-1])[None]
   new_scores = _scores(rows, fresh_keys, _seen(positions, there, window))
 
-  mine = reading.owners[None] == jnp.arange(slots)[:, None]
+  # On a mesh that splits blocks each device adds up its own: what they say is not gathered.
+  mine = meshes.constrain(reading.owners[None] == jnp.arange(slots)[:, None], (None, 'slots'))
   top = jnp.max(jnp.where(mine[:, :, None, None], jnp.max(scores, axis=-1)[None], MASKED), axis=1)
   top = jnp.maximum(top, jnp.max(new_scores, axis=-1))
   weights, new_weights = jnp.exp(scores - top[owner][..., None]), jnp.exp(new_scores - top[..., None])
-  add_up = lambda x: jnp.dot(mine.astype(jnp.float32), x.reshape(blocks, -1), precision=_EXACT)
-  total = add_up(jnp.sum(weights, axis=-1)).reshape(top.shape) + jnp.sum(new_weights, axis=-1)
-  return Partial(top, total, add_up(_mean(weights, values)).reshape(rows.shape) + _mean(new_weights, fresh_values))
+  add_up = lambda x: meshes.constrain(jnp.einsum('sn,nkr...->skr...', mine.astype(jnp.float32), x, precision=_EXACT),
+                                      (None, 'kv_heads', *(None,) * (x.ndim - 2)))
+  total = add_up(jnp.sum(weights, axis=-1)) + jnp.sum(new_weights, axis=-1)
+  return Partial(top, total, add_up(_mean(weights, values)) + _mean(new_weights, fresh_values))
 
 
 def _shared(rows: jax.Array, keys: jax.Array, values: jax.Array, reading: Reading, positions: jax.Array, window: int,

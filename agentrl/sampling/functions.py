@@ -28,6 +28,10 @@ from agentrl.sampling.constrain import MaskTable
 from agentrl.sampling.draw import Drawn, SamplingParams, draw
 
 
+# Logical axes of the residual stream but the last: of a step, and of an extension, whose few rows every device has.
+STEP, EXTENSION = ('slots', None), (None, None)
+
+
 class Decoded(NamedTuple):
   """What a call of `decode` drew.
 
@@ -84,22 +88,19 @@ def extend(params: Params, cache: Cache, tokens: jax.Array, starts: jax.Array, c
   """
   offsets = jnp.arange(tokens.shape[1])[None]
   positions = starts[:, None] + offsets
-  which = jnp.minimum(positions // cache.block, tables.shape[1] - 1)
-  # What is padding goes to a block past the end, and with it nowhere.
-  blocks = jnp.where(offsets < counts[:, None], jnp.take_along_axis(tables, which, axis=1), cache.blocks)
-  places = positions % cache.block
   longest = jnp.max(starts + counts)
   turns = layers.sights(config, positions, positions[..., None], positions[..., None] >= 0)
 
-  x = transformer.embed(params, config, tokens)
+  x = transformer.embed(params, config, tokens, EXTENSION)
   keys, values = [], []
   for i, (layer, kind) in enumerate(zip(params['layers'], config.kind_of_layer)):
-    q, k, v = layers.project_qkv(layer, x, turns[kind].cos, turns[kind].sin, config)
-    keys.append(caches.write_keys(cache.keys[i], blocks, places, k))
-    values.append(caches.write_values(cache.values[i], blocks, places, v))
+    q, k, v = layers.project_qkv(layer, x, turns[kind].cos, turns[kind].sin, config, EXTENSION)
+    keys.append(caches.write_rows(cache.keys[i], k, tables, starts, counts, axis=3))
+    values.append(caches.write_rows(cache.values[i], v, tables, starts, counts, axis=2))
     attended = caches.attend_rows(q, keys[-1], values[-1], tables, positions, longest, window=config.kinds[kind],
                                   scale=config.query_scale, sinks=layer.get('sinks'))
-    x = layers.add_mlp(layer, layers.add_attention(layer, x, attended, config), config)
+    x = layers.add_attention(layer, x, attended, config, EXTENSION)
+    x = layers.add_mlp(layer, x, config, EXTENSION)
   return Cache(tuple(keys), tuple(values))
 
 
@@ -120,15 +121,16 @@ def next_logits(params: Params, cache: Cache, fresh: Fresh, reading: Reading, to
   width = tokens.shape[1]
   positions = lengths[:, None] + jnp.arange(width)[None]
   turns = layers.sights(config, positions, positions[..., None], positions[..., None] >= 0)
-  x = transformer.embed(params, config, tokens)
+  x = transformer.embed(params, config, tokens, STEP)
   keys, values = [], []
   for i, (layer, kind) in enumerate(zip(params['layers'], config.kind_of_layer)):
-    q, k, v = layers.project_qkv(layer, x, turns[kind].cos, turns[kind].sin, config)
+    q, k, v = layers.project_qkv(layer, x, turns[kind].cos, turns[kind].sin, config, STEP)
     keys.append(caches.append(fresh.keys[i], k.transpose(0, 2, 3, 1), lengths - first, axis=3))
     values.append(caches.append(fresh.values[i], v.transpose(0, 2, 1, 3), lengths - first, axis=2))
     attended = caches.attend(q, cache.keys[i], cache.values[i], keys[-1], values[-1], reading, positions, first,
                              window=config.kinds[kind], scale=config.query_scale, sinks=layer.get('sinks'))
-    x = layers.add_mlp(layer, layers.add_attention(layer, x, attended, config), config)
+    x = layers.add_attention(layer, x, attended, config, STEP)
+    x = layers.add_mlp(layer, x, config, STEP)
   hidden = layers.norm(x, params['final_norm'], config)
   return Fresh(tuple(keys), tuple(values)), transformer.logits(params, hidden, known=config.known_tokens)
 

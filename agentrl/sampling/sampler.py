@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import Callable, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from agentrl.sampling.speculation import Speculation
 from agentrl.sharding import mesh as meshes
 
 MAX_STOPS = 8
+TPU_BLOCK = 128  # columns of a tile: of fewer, what extend and decode want of the cache's layout differs, and it is copied
 # Blocks that one call copies, and that one call takes out of the cache or puts back.
 COPY_ROWS = 8
 PARK_ROWS = 4
@@ -91,6 +92,27 @@ def block_of(context: int) -> int:
   return -(-context // max(1, round(context / 64)) // 8) * 8
 
 
+def cache_sharding(config: ModelConfig, blocks: int, mesh: Mesh) -> NamedSharding:
+  """Returns where a cache of `blocks` blocks lies on a mesh."""
+  return NamedSharding(mesh, meshes.spec_of(('slots', 'kv_heads'), (blocks, config.num_kv_heads), mesh))
+
+
+def jit_extend(config: ModelConfig, where: NamedSharding | None) -> Callable[..., Any]:
+  """Returns `functions.extend`, jitted for a cache that lives `where` and takes its memory over."""
+  return jax.jit(_on_mesh(functools.partial(functions.extend, config=config), where), donate_argnums=1,
+                 out_shardings=where)
+
+
+def jit_decode(decode: Callable[..., Any], where: NamedSharding | None) -> Callable[..., Any]:
+  """Returns `functions.decode`, or what has its signature, with its static arguments bound; see `jit_extend`."""
+  return jax.jit(_on_mesh(decode, where), donate_argnums=1, out_shardings=(where, None))
+
+
+def _on_mesh(function: Callable[..., Any], where: NamedSharding | None) -> Callable[..., Any]:
+  """Has a function told how its arrays are split: guessing, the compiler gathers weights at every step."""
+  return meshes.under(where.mesh if where else None, function, meshes.SAMPLER_AXES)
+
+
 class Sampler:
   """S slots, the cache of their contexts, and the functions that fill and read it.
 
@@ -115,7 +137,7 @@ class Sampler:
         may be below `context`: then not all slots can be long at once.
       row_buckets: Numbers of rows an extension may have.
       token_buckets: Numbers of tokens of a row that one extension may write; longer ones take several.
-      block: Tokens of a block of the cache; 0 for about 64.
+      block: Tokens of a block of the cache; 0 for about 64, on TPUs 128.
       mesh: Of this process's devices, where parameters and cache are to live; None for where the parameters lie. It
         has all the devices that they lie on, or, in a run of one process, none of them.
       speculation: Guess tokens from the slot's own text, so that a pass may draw several; None for one a pass.
@@ -136,7 +158,7 @@ class Sampler:
       self.masks = MaskTable(slots, config.vocab_size, 1 + speculation.tokens if speculation else 1)
     self.steps = 0  # passes through the network so far, of `decode`
     self.prefill_seconds = 0.0  # waited for known tokens so far, in `decode` and `park`
-    self.block = min(block or block_of(context), context)
+    self.block = min(block or (TPU_BLOCK if jax.default_backend() == 'tpu' else block_of(context)), context)
     capacities = sorted(capacities or buckets(min(64, context), context))
     sizes = sorted({slots * -(-capacity // self.block) for capacity in capacities})
     if sizes[-1] * self.block < context:
@@ -148,7 +170,7 @@ class Sampler:
     self.contexts = Contexts(slots, context, self.block, sizes, self.reach, share)
     self._params: dict[str, Params] = {}
     self._mesh = mesh
-    self._view = jax.jit(functools.partial(functions.sampler_view, config=config)) if mesh is None else None
+    self._view: Callable[[Params], Params] | None = None
     self._place(None)
     self.reset()
 
@@ -161,7 +183,7 @@ class Sampler:
     self._where = where
     if self.masks and where is not None:
       self.masks.everywhere = NamedSharding(where.mesh, PartitionSpec())
-    self._extend = jit(functools.partial(functions.extend, config=self.config), donate_argnums=1)
+    self._extend = jit_extend(self.config, where)
     self._copy = jit(caches.copy, donate_argnums=0)
     self._put = jit(caches.put, donate_argnums=0)
     self._take = jax.jit(caches.take)
@@ -170,7 +192,7 @@ class Sampler:
     decode = functools.partial(functions.decode, **settings)
     if self.speculation:
       decode = functools.partial(speculations.decode, **settings, speculation=self.speculation)
-    self._decode = jax.jit(decode, donate_argnums=1, out_shardings=(where, None))
+    self._decode = jit_decode(decode, where)
 
   def set_params(self, params: Params, policy: str = ''):
     """Takes new weights, learner's view. What the cache holds is of the old ones from here on.
@@ -189,16 +211,21 @@ class Sampler:
     self._params[policy] = view
     of = view['embedding'].sharding
     if isinstance(of, NamedSharding):
-      spec = meshes.spec_of(('slots', 'kv_heads'), (self.contexts.sizes[0], self.config.num_kv_heads), of.mesh)
-      where = NamedSharding(of.mesh, spec)
+      where = cache_sharding(self.config, self.contexts.sizes[0], of.mesh)
       if where != self._where:
         self._place(where)
         self.reset()
 
   def _make_view(self, params: Params) -> Callable[[Params], Params]:
     view = functools.partial(functions.sampler_view, config=self.config)
+    laid_out = functools.partial(meshes.shardings, functions.view_axes(self.config), jax.eval_shape(view, params),
+                                 table=meshes.SAMPLER_AXES)
+    if self._mesh is None:
+      table = params['embedding']
+      of = table.sharding if isinstance(table, jax.Array) else None
+      return jax.jit(view, out_shardings=laid_out(of.mesh) if isinstance(of, NamedSharding) else None)
     everywhere = meshes.every_process(self._mesh)
-    where = meshes.shardings(functions.view_axes(self.config), jax.eval_shape(view, params), everywhere)
+    where = laid_out(everywhere)
     held = {d for x in jax.tree.leaves(params) if isinstance(x, jax.Array) for d in x.devices()}
     if held.isdisjoint(everywhere.devices.flat):
       # One program cannot span them: made where the parameters lie, then sent.

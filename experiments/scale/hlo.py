@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import math
 import re
-from typing import Callable, Iterable, Iterator, Mapping
+from typing import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +21,8 @@ _SHAPE = re.compile(r'\b(' + '|'.join(_BYTES) + r')\[([\d,]*)\](\{[^}]*\})?')
 _FREE = frozenset(('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'iota', 'partition-id', 'replica-id',
                    'after-all', 'optimization-barrier', 'while', 'call', 'conditional', 'domain', 'broadcast'))
 _SLICES = ('dynamic-slice', 'gather', 'slice')
+# Write into their first operand what is in that of this number.
+_WRITES = {'dynamic-update-slice': 1, 'scatter': 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +107,8 @@ def _closing(text: str, start: int, pair: str = '()') -> int:
   raise ValueError(f'no closing parenthesis in {text[:200]!r}')
 
 
-def trip_count(condition: Iterable[Instruction], body: Iterable[Instruction], default: int) -> int:
-  """Returns how often a loop that counts from 0 up to a constant runs; `default` where no constant is compared with.
+def trip_count(condition: Iterable[Instruction], body: Iterable[Instruction]) -> int | None:
+  """Returns how often a loop that counts from 0 up to a constant runs; None where no constant is compared with.
 
   XLA may count by more than 1: loops that pass parts of a product around a ring do two rounds in one.
   """
@@ -114,7 +116,7 @@ def trip_count(condition: Iterable[Instruction], body: Iterable[Instruction], de
   compare = next((i for i in found.values() if i.root and i.op == 'compare' and 'direction=LT' in i.rest), None)
   limit = next((n for o in (compare.operands if compare else ()) for n in [_constant(found.get(o))] if n is not None), None)
   if limit is None:
-    return default
+    return None
   counter = next((found[o] for o in compare.operands if o in found and found[o].op == 'get-tuple-element'), None)
   place = re.search(r'index=(\d+)', counter.rest) if counter else None
   inside = {i.name: i for i in body}
@@ -128,12 +130,13 @@ def _constant(i: Instruction | None) -> int | None:
   return int(i.inside) if i and i.op == 'constant' and i.inside.lstrip('-').isdigit() else None
 
 
-def analyse(text: str, *, loops: int = 1, kernel_flops: Mapping[str, KernelFlops] | None = None) -> Cost:
+def analyse(text: str, *, loops: Sequence[int] = (1,), kernel_flops: Mapping[str, KernelFlops] | None = None) -> Cost:
   """Returns what one chip does.
 
   Args:
     text: `compiled.as_text()`.
-    loops: How often loops run whose end is not known before, such as that over micro-batches.
+    loops: How often loops run whose end is not known before, such as that over micro-batches: the outermost of them,
+      those within it, and so on.
     kernel_flops: Floating-point operations of one run of a custom kernel, by how its name begins: a function of its
       instruction and of the types of its operands by name.
   Raises:
@@ -141,20 +144,27 @@ def analyse(text: str, *, loops: int = 1, kernel_flops: Mapping[str, KernelFlops
   """
   computations, entry = parse(text)
   walk = _Walk(computations, loops, kernel_flops or {}, Cost())
-  walk.visit(entry, 1.0, True)
+  walk.visit(entry, 1.0, True, 0)
   return dataclasses.replace(walk.cost, collective_bytes=dict(walk.cost.collective_bytes), kernels=dict(walk.cost.kernels))
 
 
 class _Walk:
   """Adds up what the instructions of computations do, each as often as it runs."""
 
-  def __init__(self, computations: dict[str, list[Instruction]], loops: int, kernel_flops: Mapping[str, KernelFlops],
+  def __init__(self, computations: dict[str, list[Instruction]], loops: Sequence[int], kernel_flops: Mapping[str, KernelFlops],
                cost: Cost):
     self._computations, self._loops, self._kernel_flops, self.cost = computations, loops, kernel_flops, cost
     self._chains: set[str] = set()
 
-  def visit(self, name: str, times: float, moves: bool):
-    """Adds one computation; `moves` says whether what its instructions read and write passes through main memory."""
+  def visit(self, name: str, times: float, moves: bool, depth: int):
+    """Adds one computation.
+
+    Args:
+      name: Of it.
+      times: How often it runs.
+      moves: Whether what its instructions read and write passes through main memory.
+      depth: Loops of unknown end that it is in.
+    """
     types = {i.name: i.type for i in self._computations[name]}
     for i in self._computations[name]:
       kind = i.op.removesuffix('-start')
@@ -166,15 +176,16 @@ class _Walk:
         self._kernel(i, types, times)
       if i.op == 'while':
         condition, body = i.called('condition')[0], i.called('body')[0]
-        self.visit(body, times * trip_count(self._computations[condition], self._computations[body],
-                                            self._loops), moves)
+        count = trip_count(self._computations[condition], self._computations[body])
+        known = count if count is not None else self._loops[min(depth, len(self._loops) - 1)]
+        self.visit(body, times * known, moves, depth + (count is None))
       elif i.op == 'conditional':
         branches = i.called('branch_computations') or i.called('true_computation') + i.called('false_computation')
         for branch in branches:
-          self.visit(branch, times / len(branches), moves)
+          self.visit(branch, times / len(branches), moves, depth)
       elif i.op in ('fusion', 'call', 'async-start'):
         for callee in i.called('calls') + i.called('to_apply'):
-          self.visit(callee, times, moves and i.op != 'fusion')
+          self.visit(callee, times, moves and i.op != 'fusion', depth)
       if moves and i.op not in _FREE and not i.op.endswith('-done'):
         self.cost.hbm_bytes += times * self._moved(i, types)
 
@@ -199,6 +210,11 @@ class _Walk:
     """Returns the bytes of main memory that an instruction reads and writes; of slices, what is cut out or put in."""
     if i.op in _SLICES:
       return 2 * num_bytes(i.type, True)
+    if i.op in ('slice-start', 'copy-start'):
+      # ((whole), part, context) and (copy, original, context); either side may lie in on-chip memory.
+      ends = shapes_of(i.type)[:2]
+      dtype, dims, _ = ends[i.op == 'slice-start']
+      return _BYTES[dtype] * math.prod(dims) * sum('S(' not in layout for _, _, layout in ends)
     if i.op == 'dynamic-update-slice':
       return 2 * num_bytes(types.get(i.operands[1], ''), True)
     inner = self._computations[i.called('calls')[0]] if i.op == 'fusion' else []
@@ -221,9 +237,9 @@ def _touched(inner: list[Instruction], name: str, full: int) -> tuple[int, int]:
     users = [i for i in inner if name in i.operands]
   if users and all(i.op in _SLICES and i.operands[0] == name for i in users):
     return sum(num_bytes(i.type) for i in users), 0
-  if len(users) == 1 and users[0].op == 'dynamic-update-slice' and users[0].operands[0] == name:
+  if len(users) == 1 and users[0].op in _WRITES and users[0].operands[0] == name:
     types = {i.name: i.type for i in inner}
-    new = num_bytes(types.get(users[0].operands[1], ''))
+    new = num_bytes(types.get(users[0].operands[_WRITES[users[0].op]], ''))
     return new, max(0, full - new)
   return full, 0
 
@@ -291,10 +307,11 @@ def largest(text: str, divisor: int, without: Iterable[int] = ()) -> tuple[int, 
 
 
 def largest_collective(text: str) -> tuple[int, str]:
-  """Returns bytes and description of the collective with the largest result on a chip, fused ones included."""
+  """Returns bytes and description of the largest array that a collective gives a chip, fused ones included."""
   computations, _ = parse(text)
-  found = ((num_bytes(i.type), f'{i.op.removesuffix("-start")} {i.type}') for inside in computations.values()
-           for i in inside if i.op.removesuffix('-start') in COLLECTIVES)
+  found = ((_BYTES[dtype] * math.prod(dims), f'{i.op.removesuffix("-start")} {dtype}[{",".join(map(str, dims))}]')
+           for inside in computations.values() for i in inside if i.op.removesuffix('-start') in COLLECTIVES
+           for dtype, dims, _ in shapes_of(i.type))
   return max(found, default=(0, ''))
 
 

@@ -264,3 +264,21 @@ def test_seeds_of_equal_slots_make_them_differ(lab):
   _, out = decode(lab, cache, [4] * SLOTS, [STEPS] * SLOTS, pending=pending, seeds=[[0, 1], [0, 2], [1, 1], [0, 1]])
   assert len({tuple(row) for row in out.tokens.tolist()}) == 3
   np.testing.assert_array_equal(out.tokens[0], out.tokens[3])
+
+
+@pytest.mark.parametrize('axis', [3, 2])
+def test_tokens_written_by_whole_blocks_are_those_written_one_by_one(axis):
+  """TPUs write whole blocks; starts within a block, rows that end in one, that fill several, and that write nothing."""
+  rng = np.random.default_rng(0)
+  shape = (9, 2, 8, BLOCK) if axis == 3 else (9, 2, BLOCK, 8)
+  buffer, new = rng.normal(size=shape).astype(np.float32), rng.normal(size=(4, 6, 2, 8)).astype(np.float32)
+  tables = np.array([[1, 2, 3], [4, 5, 0], [6, 7, 8], [0, 0, 0]], np.int32)
+  starts, counts = np.array([3, 0, 5, 0], np.int32), np.array([6, 4, 3, 0], np.int32)
+  want = buffer.copy()
+  for r in range(4):
+    for t in range(counts[r]):
+      block, place = divmod(starts[r] + t, BLOCK)
+      at = (tables[r, block], slice(None), slice(None), place) if axis == 3 else (tables[r, block], slice(None), place)
+      want[at] = new[r, t]
+  for write in (caches.write_tokens, caches.write_blocks, caches.write_rows):
+    np.testing.assert_array_equal(jax.jit(functools.partial(write, axis=axis))(buffer, new, tables, starts, counts), want)
