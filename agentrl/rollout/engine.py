@@ -178,6 +178,7 @@ class Engine:
       # A decode that was under way when we were cancelled would write the next collection's cache.
       self._pool.submit(lambda: None).result()
       self._slots.clear()
+      self.sampler.reset()  # An update that comes next has the cache's memory.
 
   def begin(self, job: Job, journals: dict[tuple[int, ...], Journal] | None = None) -> Session:
     """Starts a job's program and returns its session.
