@@ -47,7 +47,7 @@ class Case:
   prompts: int = 64
   group_size: int = 8
   chunk: int = 16
-  block: int = 64
+  block: int = 128
   extend_rows: int = 2
   extend_tokens: int = 1_024
 

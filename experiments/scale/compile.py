@@ -24,7 +24,7 @@ from typing import Any, Sequence
 from experiments.scale.cases import CASES, Case
 from experiments.scale.chips import CHIPS
 
-PROGRAMS = ('update',)
+PROGRAMS = ('update', 'decode', 'extend')
 RESULTS = pathlib.Path(__file__).with_name('results')
 
 
@@ -56,12 +56,8 @@ def main(arguments: Sequence[str] | None = None):
 
 
 def result_of(case: Case, program: str, keep: str = '') -> dict[str, Any]:
-  """Returns what a program needs, from the whole of it or, where layers are not scanned, from two shorter ones."""
-  from experiments.scale import programs  # pylint: disable=g-import-not-at-top
-  if program in programs.SCANNED:
-    found = compiled(case, program, keep=keep)
-  else:
-    found = extrapolate(*(compiled(case, program, n, keep) for n in programs.FEW_LAYERS), case.model.num_layers)
+  """Returns what a program needs, and the seconds that its chip cannot do without."""
+  found = compiled(case, program, keep=keep)
   chip = CHIPS[case.generation]
   found['seconds'] = {
       'products': found['flops'] / chip.flops,
@@ -96,7 +92,7 @@ def compiled(case: Case, program: str, layers: int = 0, keep: str = '') -> dict[
   made['checks'] = programs.checks(case, program, text)
   cost = hlo.analyse(text, loops=programs.loops(case, program), kernel_flops=programs.KERNEL_FLOPS)
   made['bytes']['beside'] = programs.bytes_beside(case, program)
-  return {'case': case.name, 'program': program, 'layers_compiled': [layers], **made, 'flops': cost.flops,
+  return {'case': case.name, 'program': program, 'layers': layers, **made, 'flops': cost.flops,
           'hbm_bytes': cost.hbm_bytes, 'collective_bytes': cost.collective_bytes, 'kernels': cost.kernels}
 
 
@@ -114,24 +110,6 @@ def _compile(case: Case, program: str) -> dict[str, Any]:
       'arguments': memory.argument_size_in_bytes, 'results': memory.output_size_in_bytes,
       'aliased': memory.alias_size_in_bytes, 'temporary': memory.temp_size_in_bytes,
       'peak': memory.peak_memory_in_bytes}, 'hlo': made.as_text()}
-
-
-def extrapolate(few: dict[str, Any], more: dict[str, Any], layers: int) -> dict[str, Any]:
-  """Returns what `layers` layers need if each needs the same, from two compilations of fewer."""
-  (a,), (b,) = few['layers_compiled'], more['layers_compiled']
-  line = lambda x, y: x + (y - x) * (layers - a) / (b - a)
-
-  def of(x, y):
-    if isinstance(y, dict):
-      return {k: of(x.get(k, 0), y[k]) for k in y}
-    return line(x, y) if isinstance(y, (int, float)) else y
-
-  out = {k: v if k in ('case', 'program') else of(few[k], v) for k, v in more.items() if k != 'layers_compiled'}
-  for key in ('trace_seconds', 'compile_seconds', 'compile_cpu_seconds'):
-    out[key] = few[key] + more[key]
-  out['compiler_rss_bytes'] = more['compiler_rss_bytes']
-  out['bytes']['beside'] = more['bytes']['beside']
-  return {**out, 'layers_compiled': [a, b]}
 
 
 def _write(path: pathlib.Path, value: dict[str, Any]):

@@ -83,12 +83,11 @@ def _work(found: Found) -> list[str]:
   for case, program, result in _each(found):
     kinds = ', '.join(f'{kind} {size / GB:.3g}' for kind, size in sorted(result['collective_bytes'].items())
                       if size >= 1e6)
-    layers = '' if len(result['layers_compiled']) == 1 else ', {} and {} layers'.format(*result['layers_compiled'])
     rows.append((case.name, program, f"{result['flops'] / 1e12:,.4g}", f"{result['hbm_bytes'] / GB:,.4g}",
                  f"{sum(result['collective_bytes'].values()) / GB:,.4g}", kinds,
                  *(f"{result['seconds'][key]:.3g}" for key in ('products', 'memory', 'network')),
                  {'memory': 'HBM'}.get(result['bound_by'], result['bound_by']),
-                 f"{result['compile_cpu_seconds']:.0f} s{layers}"))
+                 f"{result['compile_cpu_seconds']:.0f} s"))
   return _table(rows)
 
 
@@ -118,8 +117,7 @@ def _meaning() -> list[str]:
       '- GB sent: as a ring does it. A ring uses one dimension of the torus, both ways round: half of the stated '
       'bidirectional bandwidth, divided by the dimensions.',
       '- A step takes at least the longest of the three times, if they overlap wholly; the sum, if not at all.',
-      "- Decode's layers are not a loop: it and extend are compiled with the two numbers of layers given in the last "
-      'column, and a line through both gives the rest. Compile times are seconds of one processor core.',
+      '- Compile times are seconds of one processor core.',
       '- Checked: no array in memory of a vocabulary dimension (weights apart) has as many elements as the logits of all '
       'tokens of a pass (of a step, where decode draws); no copy of a donated buffer within HBM; no collective as large '
       "as a layer's keys or values.",

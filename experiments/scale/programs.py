@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from typing import Any, Callable
@@ -22,6 +23,10 @@ import numpy as np  # noqa: E402
 from agentrl.algorithms import OBJECTIVES  # noqa: E402
 from agentrl.models.config import ModelConfig  # noqa: E402
 from agentrl.models.params import init_params, num_params, param_axes  # noqa: E402
+from agentrl.sampling import cache as caches  # noqa: E402
+from agentrl.sampling import functions  # noqa: E402
+from agentrl.sampling import sampler as samplers  # noqa: E402
+from agentrl.sampling.contexts import Contexts  # noqa: E402
 from agentrl.sharding import mesh as meshes  # noqa: E402
 from agentrl.training import step as steps  # noqa: E402
 from agentrl.training.optimizer import make_optimizer  # noqa: E402
@@ -85,6 +90,40 @@ def update(case: Case) -> jax.stages.Lowered:
                         jax.ShapeDtypeStruct((), jnp.int32))
 
 
+def _sampler(case: Case) -> tuple[Any, Any, jax.NamedSharding, Contexts]:
+  """Returns a sampler's parameters, its cache and where that lies, and the books of one."""
+  mesh = mesh_of(case.sampler_topology, case.sampler_mesh)
+  params = jax.eval_shape(lambda: functions.sampler_view(init_params(case.model, jax.random.key(0)), case.model))
+  blocks = case.slots * (case.context // case.block)
+  where = samplers.cache_sharding(case.model, blocks, mesh)
+  cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+                       jax.eval_shape(lambda: caches.init(case.model, blocks, case.block)))
+  books = Contexts(case.slots, case.context, case.block, [blocks], case.chunk)
+  return laid_out(params, functions.view_axes(case.model), mesh, meshes.SAMPLER_AXES), cache, where, books
+
+
+def decode(case: Case) -> jax.stages.Lowered:
+  """Returns a chunk of decoding with every slot's context at its longest."""
+  params, cache, where, books = _sampler(case)
+  function = samplers.jit_decode(functools.partial(functions.decode, config=case.model, steps=case.chunk), where)
+  reading = jax.tree.map(lambda x: _array(*np.shape(x), dtype=x.dtype), books.reading([]))
+  slots = _array(case.slots)
+  return function.lower(params, cache, reading, slots, slots, slots, _array(case.slots, 2, dtype=jnp.uint32),
+                        _array(case.slots, samplers.MAX_STOPS), _array())
+
+
+def extend(case: Case) -> jax.stages.Lowered:
+  """Returns the writing of known tokens at the end of some contexts, as of tools' observations."""
+  params, cache, where, books = _sampler(case)
+  rows = _array(case.extend_rows)
+  return samplers.jit_extend(case.model, where).lower(
+      params, cache, _array(case.extend_rows, case.extend_tokens), rows, rows, _array(case.extend_rows, books.row))
+
+
+def _array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def with_layers(case: Case, layers: int) -> Case:
   """Returns the case with a policy of so many layers."""
   return dataclasses.replace(case, model=dataclasses.replace(case.model, num_layers=layers))
@@ -111,14 +150,19 @@ def checks(case: Case, program: str, text: str) -> dict[str, Any]:
       'logits': {'largest': array, 'elements': elements, 'whole': whole, 'is_whole': elements >= whole},
       'donated': {'bytes': sum(hlo.num_bytes(t) for t in donated.values()),
                   'copies': hlo.copies_of(text, donated.values())},
-      'collective': {'largest': sent.partition('{')[0], 'bytes': bytes_sent, 'is_cache': program != 'update' and (
+      'collective': {'largest': sent, 'bytes': bytes_sent, 'is_cache': program != 'update' and (
           bytes_sent >= min(hlo.num_bytes(t) for t in donated.values()))},
   }
 
 
-def loops(case: Case, program: str) -> int:
-  """Returns how often the loop runs whose end the compiler does not know: over micro-batches, or over tokens."""
-  return {'update': case.micro_batches, 'decode': case.chunk}.get(program, 1)
+def loops(case: Case, program: str) -> tuple[int, ...]:
+  """Returns how often loops run whose end the compiler does not know, by how deep they are, for `hlo.analyse`.
+
+  Of an update, that over micro-batches. Of decode, that over tokens, and within it that over blocks which slots share:
+  here none do. Of extend, that over a context's blocks.
+  """
+  return {'update': (case.micro_batches,), 'decode': (case.chunk, 0),
+          'extend': (-(-case.context // caches.STRIDE),)}[program]
 
 
 def bytes_beside(case: Case, program: str) -> int:
@@ -151,7 +195,5 @@ def _grouped(i, types):
 
 KERNEL_FLOPS = {'splash_mha_fwd': _causal_products(2), 'splash_mha_dq': _causal_products(3),
                 'splash_mha_dkv': _causal_products(4), 'gmm': _grouped, 'tgmm': _grouped}
-# Whose layers are a loop: compiled whole. The others' are not, and are compiled twice with a few.
-SCANNED = ('update',)
-FEW_LAYERS = (2, 4)
-PROGRAMS: dict[str, Callable[[Case], jax.stages.Lowered]] = {'update': update}
+PROGRAMS: dict[str, Callable[[Case], jax.stages.Lowered]] = {
+    'update': update, 'decode': decode, 'extend': extend}

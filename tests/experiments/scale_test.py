@@ -84,7 +84,7 @@ def test_loops_count_as_often_as_they_run_and_split_collectives_once_a_round(hlo
 
 def test_a_loop_without_a_known_end_runs_as_often_as_is_said(hlo):
   text = LOOP.replace('constant(6)', 'parameter(1)')
-  assert hlo.analyse(text, loops=5).flops == 5 * 2 * 8 * 16 * 32
+  assert hlo.analyse(text, loops=(5,)).flops == 5 * 2 * 8 * 16 * 32
 
 
 def test_copies_of_donated_buffers_are_found_but_not_what_goes_to_on_chip_memory(hlo):
@@ -121,6 +121,31 @@ ENTRY %main (x: f32[64,128], i: s32[]) -> f32[1,128] {
 """
   # The sum reads x twice and writes on the chip; the fusion reads one row of x and the index, and writes a row.
   assert hlo.analyse(text).hbm_bytes == 2 * 64 * 128 * 4 + 128 * 4 + 4 + 128 * 4
+
+
+def test_what_is_fetched_or_written_in_place_counts_by_its_part(hlo):
+  text = """HloModule m
+
+%put (p: f32[64,128], q: s32[2,1], r: f32[2,128]) -> f32[64,128] {
+  %p = f32[64,128]{1,0} parameter(0)
+  %q = s32[2,1]{1,0} parameter(1)
+  %r = f32[2,128]{1,0} parameter(2)
+  ROOT %set = f32[64,128]{1,0} scatter(%p, %q, %r), to_apply=%assign
+}
+
+ENTRY %main (x: f32[64,128], i: s32[2,1], r: f32[2,128]) -> f32[64,128] {
+  %x = f32[64,128]{1,0} parameter(0)
+  %i = s32[2,1]{1,0:S(1)} parameter(1)
+  %r = f32[2,128]{1,0:S(1)} parameter(2)
+  %s = ((f32[64,128]{1,0}), f32[16,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:16], [0:128]}
+  %sd = f32[16,128]{1,0:S(1)} slice-done(%s)
+  %c = (f32[64,128]{1,0:S(1)}, f32[64,128]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %cd = f32[64,128]{1,0:S(1)} copy-done(%c)
+  ROOT %new = f32[64,128]{1,0} fusion(%x, %i, %r), kind=kCustom, calls=%put
+}
+"""
+  # 16 rows and all 64 are read onto the chip; 2 rows are written, and, as an estimate has it, their places read.
+  assert hlo.analyse(text).hbm_bytes == (16 + 64 + 2 + 2) * 128 * 4
 
 
 @pytest.mark.parametrize('labels, window, left, right, out, taps', [
@@ -186,3 +211,6 @@ def test_small_programs_compile_for_a_tpu_that_is_not_there():
   parameters = 2 * 256 * (8 * 128 + 4 * 128 + 3 * 512) + 256 * 1_024
   attention = 11 * 2 * 2 * 128 * 3 * 512**2 * 2 * 2
   assert found['update']['flops'] == pytest.approx(2 * 1_024 * (4 * parameters - last) + attention, rel=0.02)
+  # 4 steps: half of the parameters for 2 slots a chip, and its 16 blocks of 128 tokens, scores and sums for 2 heads each.
+  products, attended = 2 * 2 * parameters // 2, 2 * 2 * 2 * 16 * 2 * 128 * 128
+  assert found['decode']['flops'] == pytest.approx(4 * (products + attended), rel=0.05)
