@@ -108,8 +108,8 @@ def _meaning() -> list[str]:
            f'{c.ring_bandwidth / GB:.0f} GB/s around a ring ({c.source})' for name, c in CHIPS.items()]
   return [
       "- Memory: together is the compiler's own peak for the program, arguments included, and what lies beside: during "
-      "an update the sampler's weights; during decode and extend the learner's weights and moments. The capacity is what "
-      'the compiler says is available on such a chip; it refuses a program whose peak is larger.',
+      "an update the sampler's weights, its cache being given back; during decode and extend the learner's weights and "
+      'moments. The capacity is what the compiler says is available on such a chip; it refuses a program whose peak is larger.',
       '- TFLOP, GB of HBM and GB sent: of one chip in one call, from the optimised HLO, loops counted as often as they '
       "run (XLA's own cost analysis counts a loop's body once and knows nothing of Pallas kernels). Computing again in "
       'the backward pass counts.',
