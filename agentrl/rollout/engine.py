@@ -64,7 +64,7 @@ class Engine:
       seed: Of all draws.
       grammar: What turns may be, unless a program gives its session another; None to draw freely.
       priorities: Names of rules, see `agentrl.rollout.priorities`: who of those that want a slot gets one first.
-      patience: Seconds that a session may wait in its slot while others want one; None for as long as a chunk takes.
+      patience: Seconds that a session may wait in its slot while others want one; None for what leaving it costs.
       parked_bytes: Host memory for the cache of sessions that had to leave their slots.
     Raises:
       ValueError: if the sampler has no room for the limits' context, or was not made for a grammar.
@@ -341,7 +341,7 @@ class Engine:
     """Draws a chunk for all that want one; waits for something to happen if none does."""
     await self._settle()
     slots = self._slots
-    slots.admit(self._linger_seconds if self._patience is None else self._patience)
+    slots.admit(self._patience_seconds if slots.queue else 0.0)
     slots.extend()
     if slots.ready:
       await self._decode()
@@ -357,6 +357,18 @@ class Engine:
   def wake(self):
     """Makes a `serve` that waits return."""
     self._wake.set()
+
+  @property
+  def _patience_seconds(self) -> float:
+    """How long a session may wait in a slot that others want: as long as it takes it to leave and come back.
+
+    Who waits so long at most, and who leaves at once, lose at most twice what the one who knows would. What there is no
+    host memory for has to be computed again, which takes about a chunk.
+    """
+    if self._patience is not None:
+      return self._patience
+    swap = self._slots.swap_seconds
+    return self._linger_seconds if swap is None else min(swap, self._linger_seconds)
 
   @property
   def _linger_seconds(self) -> float:

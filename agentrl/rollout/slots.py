@@ -45,6 +45,7 @@ class Slots:
     self.timeline = Timeline(sampler.slots)
     self.outlook = Outlook()
     self.parked_bytes = 0
+    self.park_seconds = 0.0  # of one session, running mean
     self._most_parked_bytes = parked_bytes
     self._priorities = tuple(priorities)
     self._parked: dict[Session, None] = {}  # whose context the host has
@@ -137,6 +138,13 @@ class Slots:
       else:
         break
 
+  @property
+  def swap_seconds(self) -> float | None:
+    """About what it takes a session to leave for host memory and to come back; None if that is full."""
+    held = [self.sampler.held_bytes(s.slot) for s in self.owners if s is not None and s.request is None]
+    full = held and self.parked_bytes + min(held) > self._most_parked_bytes
+    return None if full else 2 * self.park_seconds
+
   def extend(self):
     """Has what the ready sessions' contexts hold beyond the cache written, all but their last tokens."""
     for session in list(self.ready):
@@ -153,6 +161,7 @@ class Slots:
       started, before = time.perf_counter(), self.sampler.prefill_seconds
       self._keep(session, self.sampler.park(slot))
       waited = self.sampler.prefill_seconds - before
+      self.park_seconds += 0.2 * (time.perf_counter() - started - waited - self.park_seconds)
       self.timeline.add('device', 'prefill', started, started + waited)
       self.stats.prefill_seconds += waited
       self.stats.parked += 1
