@@ -109,8 +109,14 @@ def jit_decode(decode: Callable[..., Any], where: NamedSharding | None) -> Calla
 
 
 def _on_mesh(function: Callable[..., Any], where: NamedSharding | None) -> Callable[..., Any]:
-  """Has a function told how its arrays are split: guessing, the compiler gathers weights at every step."""
-  return meshes.under(where.mesh if where else None, function, meshes.SAMPLER_AXES)
+  """Has a function told how its arrays are split: guessing, the compiler gathers weights at every step.
+
+  Not where slots are split over 'data': products of fewer rows round otherwise, and the draws of a run would depend on the
+  number of devices.
+  """
+  if where is None or where.mesh.shape['data'] * where.mesh.shape['fsdp'] > 1:
+    return function
+  return meshes.under(where.mesh, function, meshes.SAMPLER_AXES)
 
 
 class Sampler:

@@ -184,7 +184,7 @@ import dataclasses, json
 from experiments.scale import cases, compile
 model = dataclasses.replace(cases.QWEN3_8B, vocab_size=1024, known_tokens=1000, num_layers=2, width=256, ff_width=512,
                             num_heads=4, num_kv_heads=2, logit_chunk=256)
-case = cases.Case('small', model, 'v5e-4', 'v5e:2x2', dict(fsdp=2, tensor=2), 2, 'v5e:2x2', dict(data=2, tensor=2), 4,
+case = cases.Case('small', model, 'v5e-4', 'v5e:2x2', dict(fsdp=2, tensor=2), 2, 'v5e:2x2', dict(tensor=2, expert=2), 4,
                   context=1024, prompts=2, group_size=2, chunk=4, extend_tokens=128)
 print(json.dumps({p: compile.compiled(case, p) for p in compile.PROGRAMS}))
 """
