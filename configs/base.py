@@ -91,7 +91,7 @@ def get_config() -> ConfigDict:
   c.rollout.trajectory_seconds = 3_600.0  # wall time, waiting included
   c.rollout.context_tokens = 256
   c.rollout.capacities = ()  # sizes of the cache, in tokens a slot on average; () for a geometric series up to context_tokens
-  c.rollout.block = 0  # tokens of a block of the cache, which contexts share; 0 for about 64
+  c.rollout.block = 0  # tokens of a block of the cache, which contexts share; 0 for about 64, on TPUs 128
   c.rollout.token_buckets = ()  # tokens of a row that one extension writes; () for 16 and 64
   c.rollout.priorities = ('begun',)  # who gets a free slot first, see agentrl/rollout/priorities.py; then who asked first
   c.rollout.patience = None  # seconds a session may wait in its slot while others want one; None for what leaving it costs
