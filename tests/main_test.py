@@ -120,7 +120,7 @@ def test_values_of_the_wrong_type_are_refused(tiny_config, key, text, words):
     ({'eval.tasks': '17'}, 'eval.tasks=17 must be between 1 and the 16 held-out tasks; lower it'),
     ({'rl.prompts': '5000'}, 'batch must be between 1 and the 120 tasks'),
     ({'rl.prompts': '3', 'rl.minibatches': '2'}, 'rl.minibatches=2 does not divide rl.prompts=3'),
-    ({'rl.optimizer': 'sgdd'}, "optimiser 'sgdd' is unknown; known: adamw, muon"),
+    ({'rl.optimizer': 'sgdd'}, "optimiser 'sgdd' is unknown; known: adafactor, adamw, muon"),
     ({'rl.schedule': 'cosin'}, "schedule 'cosin' is unknown"),
     ({'reward.weights.acuracy': '1.0'}, "weight of unknown part 'acuracy'; parts: ["),
     ({'mesh.data': '3'}, 'a mesh of data=3'),
