@@ -109,7 +109,7 @@ def _steps(stage, state, host, count):
   for _ in range(count):
     state, found = stage.step(state, host)
     host.step, host.stage_step = host.step + 1, host.stage_step + 1
-    metrics.append({k: v for k, v in found.items() if 'second' not in k})
+    metrics.append({k: v for k, v in found.items() if 'second' not in k and not k.startswith('engine/')})
   return state, metrics
 
 
