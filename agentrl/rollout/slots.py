@@ -1,7 +1,7 @@
 """Who draws next: which sessions have a slot, who waits for one, and who gives theirs up.
 
-A session that waits for a tool keeps its slot while nobody else wants it. Once it has waited longer than a chunk takes
-and another is ready, its part of the cache goes to host memory, or, where that is full, is computed again later.
+A session that waits for a tool keeps its slot while nobody else wants it. Once it has waited longer than it is given and
+another is ready, its part of the cache goes to host memory, or, where that is full, is computed again later.
 """
 
 from __future__ import annotations

@@ -105,8 +105,7 @@ class Parked:
 class Contexts:
   """The books of one cache."""
 
-  def __init__(self, slots: int, context: int, block: int, sizes: Sequence[int], reach: int,
-               share: bool = True):
+  def __init__(self, slots: int, context: int, block: int, sizes: Sequence[int], reach: int, share: bool = True):
     """Opens the books of an empty cache.
 
     Args:

@@ -37,7 +37,7 @@ from agentrl.tokens import tokenizer as tokenizers
 from agentrl.tools import base as tools
 from agentrl.tools import executor as executors
 from agentrl.training import demonstrations
-from agentrl.training.init_from import copy_tokenizer
+from agentrl.training.init_from import check_tokenizer, copy_tokenizer, load_params
 from agentrl.training.watch import Timelines
 
 TOKENIZER_NAME = 'tokenizer.model'
@@ -95,13 +95,21 @@ class Parts:
                      end_markers=self.template.stops)
 
   def engine(self, sampling: SamplingParams) -> Engine:
-    """Returns the engine that samples so; the same one each time."""
+    """Returns the engine that samples so, with `rollout.policies`; the same one each time.
+
+    Raises:
+      ValueError: if one of them is no policy of this run's shape and tokenizer.
+    """
     if sampling not in self._engines:
       r = self.config.rollout
       speculation = Speculation(r.speculate, r.speculate_ngram) if r.speculate else None
       sampler = Sampler(self.model, slots=r.slots, context=r.context_tokens, chunk=r.chunk, sampling=sampling,
                         capacities=r.capacities or None, token_buckets=r.token_buckets or None, block=r.block,
                         mesh=self.sampler_mesh, speculation=speculation, constrained=r.constrain)
+      for name, folder in r.policies.items():
+        key = f'rollout.policies.{name}'
+        check_tokenizer(folder, pathlib.Path(self.config.tokenizer.path or self.workdir / TOKENIZER_NAME), key)
+        sampler.set_params(load_params(folder, self.init_params(), key), name)
       limits = Limits(turn_tokens=r.turn_tokens, trajectory_tokens=r.trajectory_tokens,
                       context_tokens=r.context_tokens, turns=self.config.environment.max_turns,
                       calls=r.trajectory_calls, seconds=r.trajectory_seconds)

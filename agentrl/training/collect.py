@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import pathlib
 import time
 from typing import Any, Callable, Iterable, Mapping
 
@@ -27,8 +26,7 @@ from agentrl.rollout.stream import Order, Stream
 from agentrl.rollout.summary import staleness
 from agentrl.sampling.draw import SamplingParams
 from agentrl.sharding import exchange
-from agentrl.training.build import Parts, TOKENIZER_NAME
-from agentrl.training.init_from import load_params
+from agentrl.training.build import Parts
 from agentrl.training.state import HostState
 
 # The part of a trajectory that is the reward of the likeliest one of its task; see `rl.greedy_baseline`.
@@ -95,8 +93,6 @@ class Collector:
 
   def warm_up(self, params: Any):
     """Compiles the sampler's shapes."""
-    for name, folder in self._parts.config.rollout.policies.items():
-      self.engine.sampler.set_params(other_policy(self._parts, name, folder), name)
     for engine in filter(None, (self.engine, self._greedy)):
       engine.sampler.set_params(params)
       engine.sampler.warm_up()
@@ -296,25 +292,6 @@ class Collector:
       raise ValueError(f'rl.memory {name!r} adds groups of its own to every batch of rollouts and cannot go with '
                        f'rl.max_generation_batches={self._config.max_generation_batches}; set that to 1, or take a '
                        "memory that only replaces, such as 'prompt_success'")
-
-
-def other_policy(parts: Parts, name: str, folder: str) -> Any:
-  """Returns the parameters of one of `rollout.policies`.
-
-  Args:
-    parts: Of the run that it draws for.
-    name: Its key.
-    folder: Its value, the workdir of a run.
-  Raises:
-    ValueError: if the folder holds no policy of this run's shape and tokenizer.
-  """
-  key = f'rollout.policies.{name}'
-  own = pathlib.Path(parts.config.tokenizer.path or parts.workdir / TOKENIZER_NAME)
-  other = pathlib.Path(folder) / TOKENIZER_NAME
-  if own.exists() and not (other.exists() and other.read_bytes() == own.read_bytes()):
-    raise ValueError(f'{key}={folder!r} has not the tokenizer of this run, {own}: it must be the workdir of a run that this '
-                     'one began from, or that began from the same, see checkpoint.init_from')
-  return load_params(folder, parts.init_params(), key)
 
 
 class Clock:

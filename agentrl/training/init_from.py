@@ -34,6 +34,22 @@ def copy_tokenizer(folder: str, path: pathlib.Path):
   temporary.rename(path)
 
 
+def check_tokenizer(folder: str, path: pathlib.Path, key: str):
+  """Refuses a run that has another tokenizer than this one.
+
+  Args:
+    folder: The other run's workdir.
+    path: This run's tokenizer; one that is not there is the checkpoint's, which says enough.
+    key: Of the config, for messages.
+  Raises:
+    ValueError: if they differ.
+  """
+  other = pathlib.Path(folder) / path.name
+  if path.exists() and not (other.exists() and other.read_bytes() == path.read_bytes()):
+    raise ValueError(f'{key}={folder!r} has not the tokenizer of this run, {path}: it must be the workdir of a run that this '
+                     'one began from, or that began from the same, see checkpoint.init_from')
+
+
 def load_params(folder: str, params: Any, key: str = 'checkpoint.init_from') -> Any:
   """Returns the parameters that another run ended with, in the places of this run's.
 

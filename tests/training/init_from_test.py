@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from agentrl.checkpointing.checkpoints import Checkpointer
+from agentrl.sampling.draw import SamplingParams
 from agentrl.training import build
 from agentrl.training import init_from
 from agentrl.training import loop
@@ -73,3 +74,34 @@ def test_a_folder_that_is_no_run_is_refused(cold_start, tiny_config, tmp_path, m
   shutil.rmtree(path) if path.is_dir() else path.unlink()
   with pytest.raises(loop.RunError, match='init_from.*workdir of a run'):
     loop.run(tiny_config({'checkpoint.init_from': str(folder)}), tmp_path / 'run')
+
+
+def test_every_engine_of_a_run_has_the_policies_that_it_names(cold_start, tiny_config, tmp_path):
+  folder = shutil.copytree(cold_start, tmp_path / 'run')
+  config = tiny_config({'checkpoint.init_from': str(cold_start)})
+  with config.unlocked():
+    config.rollout.policies = {'judge': str(cold_start)}
+  parts = build.build(config, folder)
+  saved = init_from.load_params(str(cold_start), parts.init_params())
+  for temperature in (1.0, 0.0):
+    sampler = parts.engine(SamplingParams(temperature=temperature)).sampler
+    assert sampler.policies == ('judge',)
+    np.testing.assert_array_equal(sampler._params['judge']['embedding'], saved['embedding'])
+  parts.close()
+
+
+@pytest.mark.parametrize('spoil, message', [
+    (lambda folder: (folder / 'tokenizer.model').write_bytes(b'another'), 'has not the tokenizer of this run'),
+    (lambda folder: (folder / 'tokenizer.model').unlink(), 'has not the tokenizer of this run'),
+    (lambda folder: shutil.rmtree(folder / 'checkpoints'), 'holds no checkpoint'),
+])
+def test_a_folder_without_a_policy_of_this_run_is_refused(cold_start, tiny_config, tmp_path, spoil, message):
+  folder, other = (shutil.copytree(cold_start, tmp_path / name) for name in ('run', 'other'))
+  spoil(other)
+  config = tiny_config({'checkpoint.init_from': str(cold_start)})
+  with config.unlocked():
+    config.rollout.policies = {'judge': str(other)}
+  parts = build.build(config, folder)
+  with pytest.raises(ValueError, match=f'rollout.policies.judge=.*{message}'):
+    parts.engine(SamplingParams())
+  parts.close()
