@@ -378,8 +378,10 @@ class Session:
 
     Raises:
       ValueError: if n is negative.
+      RuntimeError: if a turn is being sampled. The trajectory may have ended.
       TrajectoryEnded: if the job has as many descendants as the limits allow.
     """
+    self._check_idle()
     if n < 0:
       raise ValueError(f'cannot fork {n} sessions')
     self._count_descendants(n)

@@ -180,6 +180,23 @@ def test_forks_share_the_prefix_and_draw_differently(tiny):
     np.testing.assert_allclose(s.log_probs[s.sampled], log_probs[s.sampled], atol=1e-4)
 
 
+def test_a_session_is_left_alone_while_a_turn_of_it_is_sampled(tiny):
+  async def program(session):
+    session.append(PROMPT)
+    mark = session.mark()
+    turn = asyncio.create_task(session.generate(max_tokens=40))
+    await asyncio.sleep(0)
+    for meddle in (lambda: session.fork(2), lambda: session.fork(0), lambda: session.append([50]),
+                   lambda: session.rollback(mark), lambda: session.replace([50]), lambda: session.revise(mark, [50])):
+      with pytest.raises(RuntimeError, match='a turn is being sampled; await it first'):
+        meddle()
+    assert (await turn).end == 50
+    assert [f.trajectory.path for f in session.fork(1)] == [(0,)], 'what was refused left nothing behind'
+    session.finish(Status.FINISHED)
+
+  assert run(tiny, program, turn_tokens=40).status is Status.FINISHED
+
+
 def test_stops_of_one_piece_are_found_within_longer_pieces(tiny):
   """'2' alone is a piece; '12' is text that holds it, whatever pieces it is made of."""
   tokenizer = tiny.tokenizer
