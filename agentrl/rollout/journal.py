@@ -7,13 +7,14 @@ again: `Session.generate` gives it the recorded tokens instead of drawing, and t
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 import zlib
 
 from absl import logging
 import numpy as np
 
 from agentrl.core.types import Part, Segment, ToolResult
+from agentrl.sampling.constrain import Grammar
 from agentrl.tools.recording import Recording
 
 
@@ -28,6 +29,7 @@ class Draw:
     entropies: [n] float32, nats.
     versions: [n] int32, of the policy that drew each token.
     reason: Why it ended, 'stop' or 'length'; None while it goes on.
+    asked: Checksum of what else the draw follows from, see `terms`; None in journals of before this was compared.
   """
 
   context: int
@@ -36,6 +38,7 @@ class Draw:
   entropies: np.ndarray
   versions: np.ndarray
   reason: str | None
+  asked: int | None = None
 
 
 class Journal:
@@ -51,13 +54,18 @@ class Journal:
     self.recording = recording or Recording()
     self._asked = 0
 
-  def ask(self, context: Segment) -> Draw | None:
+  def ask(self, context: Segment, asked: int) -> Draw | None:
     """Returns what was drawn the last time the program came here; None where it goes on from here.
 
-    Where its context is another one than it was, the rest of the journal is forgotten: what was drawn does not follow.
+    Where it comes with another context than it did, or asks for another turn, the rest of the journal is forgotten: what
+    was drawn does not follow.
+
+    Args:
+      context: What stands before the turn.
+      asked: Checksum of what else it follows from, see `terms`.
     """
     draw = self.draws[self._asked] if self._asked < len(self.draws) else None
-    if draw is not None and draw.context != checksum(context):
+    if draw is not None and (draw.context != checksum(context) or draw.asked not in (None, asked)):
       logging.warning('A program that was run again went another way after %d turns; it goes on from there', self._asked)
       draw = None
     if draw is None or draw.reason is None:
@@ -67,9 +75,9 @@ class Journal:
       self._asked += 1
     return draw
 
-  def note(self, context: Segment, start: int, reason: str):
+  def note(self, context: Segment, start: int, reason: str, asked: int):
     """Takes note of a turn that was drawn from index `start` of the context on."""
-    self.draws.append(drawn(context, start, reason))
+    self.draws.append(drawn(context, start, reason, asked))
     self._asked += 1
 
 
@@ -78,10 +86,22 @@ def checksum(context: Segment, end: int | None = None) -> int:
   return zlib.crc32(context.tokens[:end].tobytes())
 
 
-def drawn(context: Segment, start: int, reason: str | None) -> Draw:
+def terms(budget: int, stops: Sequence[str], grammar: Grammar | None, policy: str) -> int:
+  """Returns a checksum of what a turn follows from beside its context.
+
+  Args:
+    budget: Most tokens.
+    stops: Strings that end it, in any order.
+    grammar: What it may be; None for anything.
+    policy: Who draws it.
+  """
+  return zlib.crc32(repr((budget, sorted(set(stops)), grammar and grammar.checksum, policy)).encode())
+
+
+def drawn(context: Segment, start: int, reason: str | None, asked: int) -> Draw:
   """Returns what stands in a context from index `start` on."""
   columns = (context.tokens, context.log_probs, context.entropies, context.versions)
-  return Draw(checksum(context, start), *(c[start:] for c in columns), reason)
+  return Draw(checksum(context, start), *(c[start:] for c in columns), reason, asked)
 
 
 def to_plain(draws: list[Draw], recording: Recording) -> dict[str, Any]:

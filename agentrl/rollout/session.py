@@ -12,7 +12,7 @@ import numpy as np
 
 from agentrl.core.types import Boundary, Segment, Status, ToolCall, ToolResult, Trajectory, Turn
 from agentrl.rollout.budget import Limits
-from agentrl.rollout.journal import Draw, Journal, drawn
+from agentrl.rollout.journal import Draw, Journal, drawn, terms
 from agentrl.sampling.constrain import Cursor, Grammar
 
 if TYPE_CHECKING:
@@ -51,11 +51,12 @@ class Request:
   """A turn being sampled: what is left of it, and the future that its session awaits."""
 
   def __init__(self, budget: int, stop_ids: tuple[int, ...], stop_texts: tuple[str, ...], start: int,
-               grammar: Grammar | None = None):
+               grammar: Grammar | None = None, asked: int = 0):
     self.budget = budget
     self.stop_ids = stop_ids
     self.stop_texts = stop_texts
     self.start = start
+    self.asked = asked  # for the journal
     self._cursor = grammar.start() if grammar else None
     self.future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -173,14 +174,15 @@ class Session:
                             f'{self._drawn} tokens drawn in all, most of them rolled back again')
     stop_ids, stop_texts = self.engine.split_stops(tuple(stops))
     start = len(self.context)
-    self.request = Request(budget, stop_ids, stop_texts, start, self.grammar)
+    self.request = Request(budget, stop_ids, stop_texts, start, self.grammar,
+                           terms(budget, stops, self.grammar, self.policy))
     reason = self._replay()
     try:
       if reason is None:
         self.engine.submit(self)
         reason = await self.request.future
         if self.journal:
-          self.journal.note(self.context, start, reason)
+          self.journal.note(self.context, start, reason, self.request.asked)
     except asyncio.CancelledError:
       self.engine.withdraw(self)
       self._cut(start)
@@ -198,7 +200,7 @@ class Session:
 
   def _replay(self) -> str | None:
     """Appends what the journal has of the turn asked for, and returns why it ended; None if it has to go on."""
-    draw = self.journal.ask(self.context) if self.journal else None
+    draw = self.journal.ask(self.context, self.request.asked) if self.journal else None
     if draw is None:
       return None
     self.context.append_sampled(draw.tokens, draw.log_probs, draw.entropies, self.num_turns, draw.versions,
@@ -212,7 +214,8 @@ class Session:
 
   def under_way(self) -> list[Draw]:
     """Returns the turn that is being sampled, as far as it is drawn; [] if none is."""
-    return [] if self.request is None else [drawn(self.context, self.request.start, None)]
+    request = self.request
+    return [] if request is None else [drawn(self.context, request.start, None, request.asked)]
 
   def observe(self, turn: Turn, calls: Sequence[ToolCall], results: Sequence[ToolResult]):
     """Records what came of a turn."""

@@ -13,6 +13,7 @@ Axes: S slots, n tokens of a call, W tokens of a step (1 without speculation), V
 from __future__ import annotations
 
 from typing import Any, Mapping, Sequence
+import zlib
 
 from absl import logging
 import jax
@@ -33,7 +34,12 @@ def words(vocab_size: int) -> int:
 
 
 class Grammar:
-  """What a turn may be, in the pieces of a tokenizer: shared by all turns."""
+  """What a turn may be, in the pieces of a tokenizer: shared by all turns.
+
+  Attributes:
+    checksum: Of the grammar; another one's is another.
+    ends: Ids that end a turn.
+  """
 
   def __init__(self, call_format: Any, tools: Sequence[Mapping[str, Any]], tokenizer: Any, ends: Sequence[int]):
     """Compiles a call format's grammar for some tools.
@@ -64,6 +70,7 @@ class Grammar:
       self._blame_a_tool(call_format, tools, ids)
       raise ValueError(f'call format {call_format.name!r} has no grammar for the tools '
                        f'{[t["name"] for t in tools]} together: {problem}')
+    self.checksum = zlib.crc32(repr((turn, self.ends)).encode())
     self.words = words(len(pieces))
     self.nothing = bytes(4 * self.words)
     self.unspelled = Unspelled(turn.unspelled, [None if i in special else p for i, p in enumerate(pieces)])

@@ -191,6 +191,13 @@ def test_a_program_that_is_run_again_and_turns_put_in_place_have_the_masks_that_
   assert len(kept) == 2 and kept[0].masks == kept[1].masks and any(kept[0].masks)
 
 
+def test_grammars_are_told_apart_by_their_checksums(caller, grammar, free):
+  again = Grammar(FORMAT, TOOLS, caller.tokenizer, [caller.tokenizer.end_id])
+  fewer = Grammar(FORMAT, TOOLS[:2], caller.tokenizer, [caller.tokenizer.end_id])
+  assert again.checksum == free.checksum
+  assert len({g.checksum for g in (grammar, free, fewer)}) == 3
+
+
 def test_masks_survive_the_store(plain, tmp_path):
   path = store.TrajectoryStore(tmp_path).write(0, plain)
   for t, back in zip(plain, store.read(path).trajectories):

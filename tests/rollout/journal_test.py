@@ -7,6 +7,7 @@ on its key, its position and its context alone.
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 import itertools
 
@@ -54,13 +55,13 @@ class Counter(base.Tool):
 class World:
   """A program with tools, forks and a change of mind."""
 
-  def __init__(self, prompt=PROMPT):
-    self.prompt, self.stamp = prompt, Stamp()
+  def __init__(self, prompt=PROMPT, stops=('e', '1'), max_tokens=10):
+    self.prompt, self.stops, self.max_tokens, self.stamp = prompt, stops, max_tokens, Stamp()
     self.executor = Executor([self.stamp, Counter()])
 
   async def play(self, session, tools, turns):
     for _ in range(turns):
-      turn = await session.generate(stops=['e', '1'], max_tokens=10)
+      turn = await session.generate(stops=self.stops, max_tokens=self.max_tokens)
       results = await tools.call([ToolCall('stamp', {}), ToolCall('count', {})])
       session.observe(turn, [ToolCall('stamp', {}), ToolCall('count', {})], results)
       session.append([60 + int(results[0].text) % 7, 70 + int(results[1].text)])
@@ -165,6 +166,39 @@ def test_what_no_longer_follows_is_forgotten(tiny, once):
     s = t.segments[0]
     np.testing.assert_allclose(s.log_probs[s.sampled], log_probs[s.sampled], atol=1e-4)
   assert again[0].segments[0].tokens[11:].tolist() != trajectories[0].segments[0].tokens[11:].tolist()
+
+
+@pytest.mark.parametrize('change', [dict(stops=('e',)), dict(stops=()), dict(max_tokens=3), dict(max_tokens=12)])
+def test_turns_asked_for_in_another_way_are_drawn_anew(tiny, once, change):
+  """The two turns before the play stand as they were; of the play all is as if there had been no journal."""
+  _, plain, _ = once
+  with tiny.engine() as engine:
+    fresh = collect(engine, World(**change), {})
+    # Every draw, those that were rolled back included.
+    in_all = engine.stats.decoded_tokens
+    again = collect(engine, World(**change), {path: journals_lib.from_plain(j) for path, j in plain.items()})
+    drawn_again = engine.stats.decoded_tokens - in_all
+  check_same(fresh, again)
+  known = sum(len(d.tokens) for d in journals_lib.from_plain(plain[()]).draws[:2])
+  assert drawn_again == in_all - known
+
+
+def test_stops_in_another_order_and_journals_without_their_terms_are_run_through(tiny, once):
+  trajectories, plain, _ = once
+  old = {path: journals_lib.from_plain({**j, 'draws': [{k: v for k, v in d.items() if k != 'asked'} for d in j['draws']]})
+         for path, j in plain.items()}
+  for world, journals in ((World(stops=['1', 'e', '1']), {p: journals_lib.from_plain(j) for p, j in plain.items()}),
+                          (World(max_tokens=11), old)):
+    with tiny.engine() as engine:
+      check_same(trajectories, collect(engine, world, journals))
+      assert engine.stats.decoded_tokens == 0
+
+
+def test_the_terms_of_a_turn_tell_grammars_and_policies_apart():
+  Known = collections.namedtuple('Known', 'checksum')
+  asked = [(8, ('a', 'b'), None, ''), (9, ('a', 'b'), None, ''), (8, ('ab',), None, ''), (8, ('a', 'b'), Known(1), ''),
+           (8, ('a', 'b'), Known(2), ''), (8, ('a', 'b'), None, 'judge')]
+  assert len({journals_lib.terms(*a) for a in asked}) == len(asked)
 
 
 def test_weights_that_were_taken_may_be_overwritten(tiny):
