@@ -20,7 +20,7 @@ from agentrl.sampling.prefixes import Block, Node, PrefixTree
 
 # A block that at least this share of the slots read is read once for all; of others, each reads a copy.
 SHARED_BY = 1 / 4
-# Most shared blocks that a call reads.
+# Most shared blocks that a call reads; of more, slots read copies.
 MOST_SHARED = 1024
 # Share of the blocks that hold beginnings of contexts no longer there.
 KEPT_IDLE = 1 / 16
@@ -118,6 +118,7 @@ class Contexts:
     """
     self.slots, self.block, self.sizes, self._share = slots, block, tuple(sizes), share
     self.row = -(-context // block)  # most blocks of a context
+    self._most_shared = min(self.sizes[-1], MOST_SHARED)
     self.spread = (reach + block - 2) // block + 1  # most blocks that a call writes to in a slot
     self.tokens = np.zeros((slots, self.row * block + 1), np.int32)  # and the pending one
     self.tree = PrefixTree(block)
@@ -455,34 +456,39 @@ class Contexts:
   # ---- decoding ---------------------------------------------------------------------------------
 
   def unshare(self, slots: Sequence[int]):
-    """Gives each of the slots that are to draw copies of blocks that few others of them read, while there is room."""
+    """Gives each of the slots that are to draw copies of blocks that few others of them read, while there is room.
+
+    Raises:
+      CacheFull: if there is no room for the copies without which more blocks were shared than a call reads.
+    """
     readers: dict[Block, list[tuple[Context, int]]] = {}
     for slot in slots:
       context = self.contexts[slot]
       for i, block in enumerate(context.blocks):
         if block.users > 1:
           readers.setdefault(block, []).append((context, i))
-    for block, held in readers.items():
-      if 1 < len(held) < SHARED_BY * self.slots:
+    shared = sorted(((b, held) for b, held in readers.items() if len(held) > 1), key=lambda pair: len(pair[1]))
+    for n, (block, held) in enumerate(shared):
+      too_many = len(shared) - n > self._most_shared
+      if too_many or len(held) < SHARED_BY * self.slots:
         for context, i in held[1:]:
           try:
             context.blocks[i] = self._copied(block)
           except CacheFull:
+            if too_many:
+              raise
             return
           context.blocks[i].users += 1
           self._drop(block)
 
   def reading(self, slots: Sequence[int]) -> Reading:
-    """Returns which blocks the slots that are to draw read and write; no work may be due."""
-    n, p = self.size, self.block
-    most = min(self.sizes[-1], MOST_SHARED)
+    """Returns which blocks the slots that are to draw read and write; `unshare` has been called, and no work is due."""
+    n, p, most = self.size, self.block, self._most_shared
     ids = {slot: np.array([b.id for b in self.contexts[slot].blocks], np.int32) for slot in slots}
     seen = {slot: ids[slot][:-(-self.contexts[slot].held // p)] for slot in slots}
     readers = np.bincount(np.concatenate([np.zeros(0, np.int32), *seen.values()]), minlength=n)
     owners, fills, starts = np.full(n, self.slots, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32)
     shared = np.flatnonzero(readers > 1).astype(np.int32)
-    if len(shared) > most:
-      raise CacheFull(f'{len(shared)} blocks are shared by slots that draw, but at most {most} may be')
     place = np.full(n, -1, np.int32)
     place[shared] = np.arange(len(shared))
     shared_ids, shared_starts = np.zeros(most, np.int32), np.zeros(most, np.int32)

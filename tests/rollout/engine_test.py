@@ -14,6 +14,7 @@ from agentrl.core.types import Boundary, Status
 from agentrl.metrics.timing import CompileCounter
 from agentrl.rollout.budget import Limits
 from agentrl.rollout.engine import LINGER_SECONDS, Engine, Job
+from agentrl.sampling import contexts
 from agentrl.sampling.draw import SamplingParams
 from agentrl.sampling.sampler import Sampler
 from agentrl.sampling.speculation import Speculation
@@ -173,6 +174,19 @@ def test_a_cache_with_room_for_little_more_than_one_context_serves_all_in_turn(t
     others, stats = collect(tiny, jobs(wait), sampler=tight)
     check_same(ample, others)
     assert stats.cache_tokens == stats.chunks * 128
+
+
+@pytest.mark.parametrize('capacity', [96, 36])
+def test_more_shared_blocks_than_a_call_reads_end_no_run(tiny, monkeypatch, capacity):
+  """Five blocks of a prompt, in all four slots; with a capacity of 36 there is room for few copies."""
+  jobs = [Job(tiny.task(0), k, 'g', agent(list(range(20, 100)), turns=1)) for k in range(8)]
+  ample, _ = collect(tiny, jobs)
+  monkeypatch.setattr(contexts, 'MOST_SHARED', 2)
+  sampler = Sampler(tiny.config, slots=4, context=tiny.context, chunk=8, block=16, capacities=(capacity,))
+  sampler.set_params(tiny.params)
+  others, stats = collect(tiny, jobs, sampler=sampler)
+  check_same(ample, others)
+  assert (stats.evictions > 0) == (capacity == 36)
 
 
 def test_nothing_compiles_after_warm_up(tiny):

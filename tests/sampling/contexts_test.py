@@ -13,7 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 import numpy as np
+import pytest
 
+from agentrl.sampling import contexts
 from agentrl.sampling.contexts import CacheFull, Contexts, Copy
 
 SLOTS, BLOCK, CONTEXT, REACH = 4, 4, 15, 6
@@ -142,7 +144,10 @@ class Books(RuleBasedStateMachine):
         books.reach(slot, len(self.truth[slot][1]) + len(drawn[slot]))
     except CacheFull:
       return
-    books.unshare(slots)
+    try:
+      books.unshare(slots)
+    except CacheFull:
+      return
     self.flush()
     for copy in books.tidy():
       self.device.copy(copy.source, copy.target)
@@ -277,6 +282,43 @@ class Books(RuleBasedStateMachine):
 
 TestBooks = Books.TestCase
 TestBooks.settings = settings(stateful_step_count=50)
+
+
+class FewShared(Books):
+  """The same where a call reads two shared blocks at most."""
+
+  def __init__(self):
+    super().__init__()
+    self.books._most_shared = 2
+
+  def check_reading(self, reading, slot):
+    super().check_reading(reading, slot)
+    assert reading.shared_count <= len(reading.shared) == 2
+
+
+TestFewShared = FewShared.TestCase
+TestFewShared.settings = settings(stateful_step_count=50)
+
+
+def test_of_more_shared_blocks_than_a_call_reads_those_of_fewest_readers_are_copied(monkeypatch):
+  monkeypatch.setattr(contexts, 'MOST_SHARED', 2)
+  books = Contexts(3, CONTEXT, BLOCK, (7,), REACH)
+  # Three begin with one block, two of them with two more.
+  for slot, ones in enumerate((12, 12, 4)):
+    books.open(slot, np.full(ones, 1, np.int32))
+    books.write(slot, books.contexts[slot].held, np.full(ones - books.contexts[slot].held, 1, np.int32))
+  books.take_steps()
+  assert books.used == 3
+  reading = lambda slots: (books.unshare(slots), books.take_steps(), books.reading(slots))[2]
+  assert reading([0, 1, 2]).shared_count == 2 and books.used == 4
+  assert [b.users for b in books.contexts[0].blocks] == [3, 1, 2] and not books.lacking(1, 12)
+  # No room for a copy: whoever asks has fewer slots draw.
+  books._most_shared = 1
+  while books.available():
+    books._hold(books.contexts[2], books._new())
+  with pytest.raises(CacheFull, match='all 7 blocks'):
+    books.unshare([0, 1, 2])
+  assert reading([0, 2]).shared_count == 1
 
 
 def test_who_was_noted_under_a_beginning_that_is_gone_is_noted_anew():
