@@ -17,9 +17,12 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import datetime
+import math
 import os
+import resource
 import textwrap
 import threading
+import time
 from typing import Any, Mapping
 
 import pydantic_monty
@@ -29,6 +32,9 @@ from agentrl.tools import base
 
 # Above any executor's limit: what is kept of the output while the code runs on.
 _CAPTURE = 1 << 16
+# Seconds beyond the time limit that a worker has to stop by itself, and its process to answer.
+_GRACE = 1.0
+_ANSWER = 0.5
 
 
 @dataclasses.dataclass
@@ -117,10 +123,9 @@ class PythonTool(base.Tool):
   def _start(self):
     with self._lock:
       if self._pool is None:
-        grace = 1.0
         self._pool = pydantic_monty.Monty(
-            min_processes=1, max_processes=self.concurrency, feed_duration_limit_grace=grace,
-            request_timeout=self._time_limit + grace + 0.5)
+            min_processes=1, max_processes=self.concurrency, feed_duration_limit_grace=_GRACE,
+            request_timeout=self._time_limit + _GRACE + _ANSWER)
         self._pool.__enter__()
         self._threads = concurrent.futures.ThreadPoolExecutor(self.concurrency, 'agentrl-python')
       return self._pool, self._threads
@@ -133,6 +138,7 @@ class PythonTool(base.Tool):
                                      datetime=datetime.datetime(2025, 1, 1))
     try:
       with pool.checkout(limits=self._limits, os_policy=policy) as worker:
+        _bound(worker.worker_pid, self._time_limit + _GRACE + _ANSWER)
         if dump is not None:
           worker.load_session(dump)
         elif self._prelude:
@@ -148,6 +154,22 @@ class PythonTool(base.Tool):
     if len(after) > self._state_memory:
       return base.failure('memory', 'MemoryError: variables too large'), dump
     return result, after
+
+
+def _bound(pid: int | None, seconds: float):
+  """Has the kernel end a process that computes about a second longer than this from now on.
+
+  One in the midst of a single long operation heeds neither its own time limit nor that whoever started it is gone. Does
+  nothing where a process cannot be bounded by another.
+  """
+  if pid is None or not hasattr(resource, 'prlimit'):
+    return
+  try:
+    used = time.clock_gettime(~pid << 3 | 2)  # the clock that clock_getcpuclockid(3) gives for a process
+    _, hard = resource.prlimit(pid, resource.RLIMIT_CPU)
+    resource.prlimit(pid, resource.RLIMIT_CPU, (math.ceil(used + seconds) + 1, hard))
+  except OSError:
+    pass  # It is dead already, which its next answer says, or is not ours to bound.
 
 
 class _Printed:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import pathlib
+import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -145,15 +148,16 @@ def test_endless_loops_are_stopped_and_undone():
   assert results[3].text == '1'
 
 
-def children():
-  """Process ids of this process's interpreter workers."""
+def children(parent=None):
+  """Process ids of a process's interpreter workers, this one's if None."""
+  parent = parent or os.getpid()
   found = []
   for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
     try:
       name, rest = path.read_text().split('(', 1)[1].rsplit(')', 1)
     except OSError:
       continue  # It ended meanwhile.
-    if 'monty' in name and int(rest.split()[1]) == os.getpid():
+    if 'monty' in name and int(rest.split()[1]) == parent:
       found.append(int(path.parent.name))
   return found
 
@@ -176,6 +180,66 @@ def test_a_killed_worker_is_a_result_and_the_state_survives():
     crashed, after = asyncio.run(main())
   assert (crashed.error, crashed.text) == ('crash', 'error: the interpreter crashed')
   assert after.text == '42'
+
+
+_COMPUTES = """
+import asyncio
+from agentrl import tools
+from agentrl.core.types import ToolCall
+
+executor = tools.Executor([tools.make('python', workers=1, time_limit=0.2)])
+code = 'x = 3 ** 10**6\\ny = x\\nwhile True: y = y * x'  # the products take longer and longer
+asyncio.run(executor.open(0).call([ToolCall('python', {'code': code})]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason='needs Linux')
+def test_a_worker_that_computes_does_not_outlive_its_killed_parent_for_long():
+  parent = subprocess.Popen([sys.executable, '-c', _COMPUTES])
+  try:
+    wait_for(lambda: any(cpu_seconds(pid) > 0.5 for pid in children(parent.pid)))
+    [worker] = children(parent.pid)
+  finally:
+    parent.kill()
+    parent.wait()
+  assert alive(worker)
+  # 0.2 s and 1.5 s of grace, rounded up to 2, and one more, of processor time.
+  wait_for(lambda: not alive(worker) or cpu_seconds(worker) > 6)
+  assert not alive(worker)
+
+
+def wait_for(condition, seconds=60):
+  until = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < until
+    time.sleep(0.02)
+
+
+def cpu_seconds(pid):
+  try:
+    return time.clock_gettime(~pid << 3 | 2)
+  except OSError:
+    return 0.0
+
+
+def alive(pid):
+  """Whether a process runs: one that nobody waited for does not."""
+  try:
+    return pathlib.Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+  except OSError:
+    return False
+
+
+def test_a_worker_may_compute_for_longer_in_all_than_in_one_call():
+  others = set(children())
+  with tools.Executor([tools.make('python', workers=1, time_limit=0.2)]) as executor:
+    run(executor, '1')
+    worker, calls = set(children()) - others, 0
+    # One call may take 3 s, as above.
+    while sum(map(cpu_seconds, worker)) < 3.5:
+      assert run(executor, 'while True: pass')[0].error == 'timeout'
+      assert set(children()) - others == worker and calls < 100
+      calls += 1
 
 
 def test_shutdown_leaves_no_process_and_no_thread_and_the_tool_can_start_again():
