@@ -20,7 +20,7 @@ from agentrl.experience import base as memories
 from agentrl.experience.base import REPLAYED
 from agentrl.rollout import gather
 from agentrl.rollout.budget import Budget
-from agentrl.rollout.engine import Job
+from agentrl.rollout.engine import Engine, Job
 from agentrl.rollout.store import decode_task, encode_task
 from agentrl.rollout.stream import Order, Stream
 from agentrl.rollout.summary import staleness
@@ -91,9 +91,13 @@ class Collector:
     """Goes to the start of the data."""
     host.cursor, host.carried = self._iterator.start(), {}
 
+  @property
+  def _engines(self) -> list[Engine]:
+    return [self.engine, self._greedy] if self._greedy else [self.engine]
+
   def warm_up(self, params: Any):
     """Compiles the sampler's shapes."""
-    for engine in filter(None, (self.engine, self._greedy)):
+    for engine in self._engines:
       engine.sampler.set_params(params)
       engine.sampler.warm_up()
 
@@ -107,15 +111,17 @@ class Collector:
     if self._greedy:
       self._greedy.sampler.set_params(params)
     if not self._stream:
-      self.engine.cut()
+      for engine in self._engines:
+        engine.cut()
     self._cut = 0
     self._take_weights(params, host)
     for batch in range(c.max_generation_batches):
       fresh = self._roll_out(host, batch)
+      greedy = self._roll_out_greedily(fresh, host) if self._greedy else {}
       clock.lap('rollout')
       self._parts.reward.shape(fresh, self._iteration(host, 'reward'))
-      if self._greedy:
-        self._note_greedy(fresh, host)
+      for t in fresh if self._greedy else ():
+        t.rewards[GREEDY] = greedy[t.task.id]
       self.agent.learn(fresh, self._iteration(host, 'agent'))
       rng = np.random.default_rng([self._parts.config.seed, host.step, batch])
       if self.memory:
@@ -134,6 +140,8 @@ class Collector:
       part = [i for i, t in enumerate(trajectories) if groups.get(t.group_id, c.prompts) < c.prompts]
       trajectories, selection = [trajectories[i] for i in part], Selection(*(x[part] for x in selection))
     stats, timeline = (self._stream or self.engine).cut()
+    if self._greedy:
+      stats = gather.add_stats([stats, self._greedy.cut()[0]])
     metrics.update(stats.metrics())
     self._parts.timelines.write(host.step, 'rl', timeline, keep=True)
     if self._stream:
@@ -169,16 +177,14 @@ class Collector:
     self._cut += len(collected) - len(kept)
     return kept
 
-  def _note_greedy(self, trajectories: list[Trajectory], host: HostState):
-    """Writes on each trajectory what the policy's likeliest words would have earned: part 'greedy'."""
+  def _roll_out_greedily(self, trajectories: list[Trajectory], host: HostState) -> dict[str, float]:
+    """Returns what the policy's likeliest words earn, by task of the trajectories."""
     parts, tasks = self._parts, {t.task.id: t.task for t in trajectories}
     jobs = [Job(task, 0, task.id, react(parts.environment, parts.template, task)) for task in tasks.values()]
     rate = functools.partial(parts.reward.rate, step=host.stage_step)
     collected = gather.collect(self._greedy, jobs, own=rate, policy_version=host.stage_step)
     parts.reward.shape(collected, self._iteration(host, GREEDY))
-    earned = {t.task.id: t.rewards['total'] for t in collected}
-    for t in trajectories:
-      t.rewards[GREEDY] = earned[t.task.id]
+    return {t.task.id: t.rewards['total'] for t in collected}
 
   def _jobs(self, task: Task, first: int, group_id: str, iteration: Iteration) -> list[Job]:
     programs = self.agent.programs(task, self._config.group_size, iteration)

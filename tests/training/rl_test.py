@@ -6,6 +6,8 @@ ratio 1.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from agentrl.agents.react import react
 from agentrl.models import lora
 from agentrl.rewards import base as rewards
-from agentrl.rollout import store
+from agentrl.rollout import gather, store
 from agentrl.rollout.engine import Job
 from agentrl.sampling.draw import SamplingParams
 from agentrl.training import build
@@ -211,14 +213,29 @@ def test_more_prompts_are_rolled_out_until_enough_groups_are_left(tiny_config, t
   run.parts.close()
 
 
-def test_the_likeliest_words_are_what_each_sample_is_compared_with(tiny_config, tiny_workdir, quick_compile):
+def test_the_likeliest_words_are_what_each_sample_is_compared_with(tiny_config, tiny_workdir, quick_compile, monkeypatch):
   config = tiny_config({'rl.algorithm': 'compose', 'rl.greedy_baseline': 'true', 'rl.group_size': '2'})
   with config.unlocked():
     config.rl.options = {'channels': {'policy': {'advantage': {'name': 'given', 'baseline_part': 'greedy'},
                                                  'ratio': 'off', 'clip': 'log_likelihood'}}}
   run = Run(config, tiny_workdir, 'rl')
   before = jax.device_get(run.state.params)
-  run.step()
+  collect, rollouts = gather.collect, []
+
+  def counted(engine, *arguments, **options):
+    collected = collect(engine, *arguments, **options)
+    rollouts.append(dataclasses.replace(engine.stats))
+    return collected
+
+  monkeypatch.setattr(gather, 'collect', counted)
+  metrics = run.step()
+  monkeypatch.undo()
+  # Both rollouts of a step are in its metrics.
+  assert len(rollouts) == 2 and rollouts[1].decoded_tokens > 0
+  assert metrics['decoded_tokens'] == sum(s.decoded_tokens for s in rollouts)
+  wall = sum(s.total_seconds for s in rollouts)
+  np.testing.assert_allclose(sum(v for k, v in metrics.items() if k.startswith('engine_seconds/')), wall)
+  assert metrics['seconds/rollout'] >= wall
   trajectories = _trajectories(run.folder, 0)
   tasks = {t.task.id: t.task for t in trajectories}
   greedy = run.parts.engine(SamplingParams(temperature=0.0))
