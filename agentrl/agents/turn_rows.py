@@ -60,5 +60,5 @@ class TurnRows(Independent):
     for call, result in zip(turn.calls, turn.results):
       if call.error is None:
         entry.append(Message('assistant', self._environment.call_format.render(call)))
-      entry.append(Message('tool', result.text))
+      entry.append(self._environment.result_message(call, result))
     return tuple(entry)

@@ -18,10 +18,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-  """One message of a chat. Roles are 'system', 'user', 'assistant' and 'tool'."""
+  """One message of a chat.
+
+  Attributes:
+    role: 'system', 'user', 'assistant' or 'tool'.
+    content: Its text.
+    name: Of the tool whose result it is; None of other roles, and where it is no known tool's.
+  """
 
   role: str
   content: str
+  name: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from agentrl.data import base
 class JsonlSource:
   """Tasks of one file, a JSON object a line.
 
-  Keys: `question` (str) or `messages` (list of {role, content}), `answer` (anything); optional are
+  Keys: `question` (str) or `messages` (list of {role, content}, and {name} of a tool), `answer` (anything); optional are
   `id` (str, the line number otherwise), `environment` (str) and `metadata` (object).
 
   Example:
@@ -89,13 +89,15 @@ def _parse_messages(rows: list[Any], where: str) -> tuple[types.Message, ...]:
   if not rows:
     raise base.DataError(f"{where}: key 'messages': empty")
   for i, row in enumerate(rows):
-    if not isinstance(row, dict) or set(row) != {'role', 'content'} or not all(
+    if not isinstance(row, dict) or set(row) - {'name'} != {'role', 'content'} or not all(
         isinstance(v, str) for v in row.values()):
       raise base.DataError(
-          f"{where}: key 'messages[{i}]': expected {{role, content}} of strings, got {row!r}")
+          f"{where}: key 'messages[{i}]': expected {{role, content}} of strings, and a name for a tool's, got {row!r}")
     if row['role'] not in ('system', 'user', 'assistant', 'tool'):
       raise base.DataError(f"{where}: key 'messages[{i}].role': unknown role {row['role']!r}")
-  return tuple(types.Message(row['role'], row['content']) for row in rows)
+    if 'name' in row and row['role'] != 'tool':
+      raise base.DataError(f"{where}: key 'messages[{i}].name': only results of tools have one")
+  return tuple(types.Message(**row) for row in rows)
 
 
 def _expect(row: dict[str, Any], key: str, kind: type, where: str, default: Any = None) -> Any:

@@ -65,6 +65,10 @@ class ToolEnvironment:
     del task
     return self._system
 
+  def result_message(self, call: types.ToolCall, result: types.ToolResult) -> types.Message:
+    """Returns what a call's result is shown as; with the tool's name unless the policy made that up."""
+    return types.Message('tool', result.text, call.name if call.name in self.executor.tools else None)
+
   async def open(self, task: types.Task, seed: int) -> ToolEpisode:
     """Returns a new episode; opens no tool yet."""
     return ToolEpisode(self, _Progress(task), self.executor.open(self.session_seed(task, seed)))
@@ -123,7 +127,7 @@ class ToolEpisode:
       return self._end(calls, types.Status.TURN_LIMIT,
                        f'no answer within {self._env.max_turns} turns')
     results = await self._run(calls)
-    messages = tuple(types.Message('tool', r.text) for r in results)
+    messages = tuple(map(self._env.result_message, calls, results))
     return base.Observation(messages=messages, calls=calls, results=results)
 
   async def snapshot(self) -> tuple[_Progress, Any]:

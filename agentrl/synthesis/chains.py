@@ -155,7 +155,7 @@ class _Writer:
     call = types.ToolCall(tool, arguments)
     (result,) = await self._session.call([call])
     self._messages += [types.Message('assistant', self._format.render(call)),
-                       types.Message('tool', result.text)]
+                       types.Message('tool', result.text, tool)]
     return result.text
 
   def _chance(self, name: str) -> bool:

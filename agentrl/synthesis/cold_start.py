@@ -128,7 +128,7 @@ class _Writer:
     call = types.ToolCall(tool, {argument: code})
     (result,) = await self._session.call([call])
     self._messages += [types.Message('assistant', self._call_format.render(call)),
-                       types.Message('tool', result.text)]
+                       types.Message('tool', result.text, tool)]
     return result.text
 
   async def _call_wrong(self) -> str:

@@ -144,7 +144,7 @@ class HFChatTemplate:
       ValueError: if the template refuses the chat, with its words.
     """
     tools = tools or self._tools
-    given = [{'role': m.role, 'content': m.content} if isinstance(m, types.Message) else dict(m) for m in messages]
+    given = [_entries(m) for m in messages]
     named = 'tool_use' if tools and 'tool_use' in self._templates else 'default'
     described = [t if 'function' in t else {'type': 'function', 'function': dict(t)} for t in tools]
     try:
@@ -215,7 +215,7 @@ class HFChatTemplate:
       ValueError: if the chat begins with the assistant.
     """
     ids, mask, given, continued = [], [], [], False
-    for message in (m if isinstance(m, Mapping) else dataclasses.asdict(m) for m in messages):
+    for message in map(_entries, messages):
       if message['role'] != 'assistant':
         given.append(message)
         continue
@@ -230,7 +230,7 @@ class HFChatTemplate:
     return ids + rest, mask + [False] * len(rest)
 
   def _guarded(self, message: types.Message | Mapping[str, Any]) -> dict[str, Any]:
-    entries = dataclasses.asdict(message) if isinstance(message, types.Message) else dict(message)
+    entries = _entries(message)
     markers = self._structural if entries['role'] == 'assistant' else self.tokenizer.markers
     return {k: v if k == 'role' else self._guard(v, markers) for k, v in entries.items()}
 
@@ -245,6 +245,13 @@ class HFChatTemplate:
     if isinstance(value, (list, tuple)):
       return [self._guard(v, markers) for v in value]
     return value
+
+
+def _entries(message: types.Message | Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a message as templates read it, who ask whether there is a name."""
+  if isinstance(message, types.Message):
+    message = {k: v for k, v in dataclasses.asdict(message).items() if v is not None}
+  return dict(message)
 
 
 class _Generation(jinja2.ext.Extension):

@@ -56,9 +56,13 @@ def read_or_write(workdir: pathlib.Path, name: str, tasks: Sequence[Task], execu
                100 * np.mean([t.right for t in traces]))
   temporary = path.with_suffix('.tmp')
   with gzip.open(temporary, 'wt', encoding='utf-8', compresslevel=3) as file:
-    json.dump({'recipe': recipe, 'chats': [[(m.role, m.content) for m in t.messages] for t in traces]}, file)
+    json.dump({'recipe': recipe, 'chats': [[_row(m) for m in t.messages] for t in traces]}, file)
   os.replace(temporary, path)
   return [t.messages for t in traces]
+
+
+def _row(message: Message) -> tuple[str, ...]:
+  return (message.role, message.content, *([message.name] if message.name else ()))
 
 
 def tokenize(chats: Sequence[Chat], template: ChatTemplate, schemas: Sequence[Any],

@@ -19,9 +19,10 @@ def test_lines_become_tasks(tmp_path):
   path = _write(
       tmp_path, '{"question": "1 + 1?", "answer": "2"}', '',
       '{"id": "b", "environment": "maze", "messages": [{"role": "system", "content": "s"}], '
-      '"answer": {"x": 1}, "metadata": {"family": "f"}}')
+      '"answer": {"x": 1}, "metadata": {"family": "f"}}',
+      '{"messages": [{"role": "tool", "content": "4", "name": "add"}], "answer": 4}')
   source = base.make_source('jsonl', path=path)
-  assert len(source) == 2
+  assert len(source) == 3 and source[2].messages == (types.Message('tool', '4', 'add'),)
   assert source[0] == types.Task('1', 'tools', (types.Message('user', '1 + 1?'),), '2', {})
   assert source[1] == types.Task('b', 'maze', (types.Message('system', 's'),), {'x': 1},
                                  {'family': 'f'})
@@ -35,6 +36,8 @@ def test_lines_become_tasks(tmp_path):
     ('{"messages": [], "answer": ""}', "'messages'"),
     ('{"messages": [{"role": "user"}], "answer": ""}', r"'messages\[0\]'"),
     ('{"messages": [{"role": "bot", "content": ""}], "answer": ""}', r"'messages\[0\].role'"),
+    ('{"messages": [{"role": "user", "content": "", "name": "a"}], "answer": ""}', r"'messages\[0\].name'"),
+    ('{"messages": [{"role": "tool", "content": "", "name": 1}], "answer": ""}', r"'messages\[0\]'"),
     ('{"question": "q", "answer": "", "anwser": ""}', "'anwser'"),
     ('{"question": "q", "answer": "", "id": 3}', "'id'"),
     ('{"question": "q", "answer": "", "id": "1"}', "'id'"),

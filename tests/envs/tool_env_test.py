@@ -8,7 +8,7 @@ import pytest
 
 from agentrl import envs
 from agentrl import tools
-from agentrl.core.types import Boundary, Message, Status, Task
+from agentrl.core.types import Boundary, Message, Status, Task, ToolCall
 from agentrl.tokens import formats
 
 TASK = Task(id='t0', environment='tools', messages=(Message('user', '40 + 2?'),), ground_truth='42')
@@ -44,12 +44,20 @@ def test_a_task_solved_with_a_tool(executor):
   env = make(executor)
   first, second, last = play(env, 'Let me see. <python>x=40</python>', '<python>x+2</python>',
                              ' 42 <|end|>')
-  assert first.messages == (Message('tool', '(no output)'),)
-  assert second.messages == (Message('tool', '42'),)
+  assert first.messages == (Message('tool', '(no output)', 'python'),)
+  assert second.messages == (Message('tool', '42', 'python'),)
   assert (second.done, second.status, second.answer) == (False, Status.RUNNING, None)
   assert second.calls[0].arguments == {'code': 'x+2'} and second.results[0].text == '42'
   assert (last.done, last.status, last.answer) == (True, Status.FINISHED, '42')
   assert (last.messages, last.boundary, last.calls) == ((), None, ())
+
+
+def test_results_bear_the_names_of_tools_and_no_others(executor):
+  env = envs.make('tools', executor=executor, call_format=formats.HermesFormat(parallel=True))
+  call = lambda name, **arguments: formats.HermesFormat().render(ToolCall(name, arguments))
+  [seen] = play(env, call('python', code='1') + call('no_tool') + call('python', cod='1') + '<tool_call>{"na</tool_call>')
+  assert [m.name for m in seen.messages] == ['python', None, 'python', None]
+  assert [c.name for c in seen.calls] == ['python', 'no_tool', 'python', '']
 
 
 def test_the_chat_starts_with_the_system_message_and_the_task(executor):

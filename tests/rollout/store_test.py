@@ -22,7 +22,7 @@ _PNG = b'\x89PNG\x00\xff'
 
 
 def _trajectory(sample: int = 0) -> types.Trajectory:
-  task = types.Task('gsm/7', 'math', (types.Message('user', 'What is 2 + 2? 🐍'),), {
+  task = types.Task('gsm/7', 'math', (types.Message('user', 'What is 2 + 2? 🐍'), types.Message('tool', '4', 'add')), {
       'answer': 4,
       'tolerance': 1e-6
   }, {
@@ -131,6 +131,16 @@ def test_any_log_of_appends_comes_back(tmp_path_factory, appends):
   trajectory = dataclasses.replace(_trajectory(), segments=[segment])
   path = store.TrajectoryStore(tmp_path_factory.mktemp('store')).write(0, [trajectory])
   _assert_same(store.read(path).trajectories[0], trajectory)
+
+
+def test_messages_of_older_files_have_no_name(tmp_path):
+  path = store.TrajectoryStore(tmp_path).write(0, [_trajectory()])
+  document = json.loads(gzip.decompress(path.read_bytes()))
+  for message in document['tasks'][0]['messages']['items']:
+    del message['name']
+  path.write_bytes(gzip.compress(json.dumps(document).encode()))
+  messages = _trajectory().task.messages
+  assert store.read(path).trajectories[0].task.messages == tuple(dataclasses.replace(m, name=None) for m in messages)
 
 
 def test_tokens_of_older_files_have_their_trajectorys_version(tmp_path):
