@@ -1,4 +1,4 @@
-"""The timeline of a run's last rollout on disk, and traces of chosen ones."""
+"""The timeline of a run's last rollout on disk, and traces of chosen ones, of each process its own."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ FILE_NAME = 'timeline.json'
 TRACES = 'trace'
 
 
-def write(workdir: str | os.PathLike, step: int, stage: str, picture: Mapping[str, Any]):
-  """Writes `workdir/timeline.json`, which is never seen unfinished.
+def write(workdir: str | os.PathLike, step: int, stage: str, picture: Mapping[str, Any], process: int = 0):
+  """Writes `workdir/timeline.json`, or `workdir/timeline-1.json` of process 1, which is never seen unfinished.
 
   Args:
     workdir: The run's folder.
     step: Of the run.
     stage: Its name.
     picture: See `agentrl.rollout.stats.Timeline.picture`.
+    process: Whose slots they are.
   """
-  _replace(pathlib.Path(workdir) / FILE_NAME, json.dumps({'step': step, 'stage': stage, **picture}).encode())
+  path = pathlib.Path(workdir) / _named(FILE_NAME, process)
+  _replace(path, json.dumps({'step': step, 'stage': stage, **picture}).encode())
 
 
-def read(workdir: str | os.PathLike) -> dict[str, Any]:
-  """Returns what `write` wrote last; {} if nothing.
+def read(workdir: str | os.PathLike, process: int = 0) -> dict[str, Any]:
+  """Returns what `write` wrote last of a process; {} if nothing.
 
   Raises:
     ValueError: if the file holds something else.
   """
-  path = pathlib.Path(workdir) / FILE_NAME
+  path = pathlib.Path(workdir) / _named(FILE_NAME, process)
   if not path.exists():
     return {}
   try:
@@ -43,13 +45,21 @@ def read(workdir: str | os.PathLike) -> dict[str, Any]:
   return found
 
 
-def write_trace(workdir: str | os.PathLike, step: int, trace: Mapping[str, Any]) -> pathlib.Path:
-  """Writes `workdir/trace/step-000012.json.gz`, which ui.perfetto.dev opens, and returns its path."""
+def write_trace(workdir: str | os.PathLike, step: int, trace: Mapping[str, Any], process: int = 0) -> pathlib.Path:
+  """Writes `workdir/trace/step-000012.json.gz`, or `step-000012-1.json.gz` of process 1, and returns its path.
+
+  Open it in ui.perfetto.dev.
+  """
   folder = pathlib.Path(workdir) / TRACES
   folder.mkdir(exist_ok=True)
-  path = folder / f'step-{step:06d}.json.gz'
+  path = folder / _named(f'step-{step:06d}.json.gz', process)
   _replace(path, gzip.compress(json.dumps(trace).encode(), compresslevel=5))
   return path
+
+
+def _named(name: str, process: int) -> str:
+  stem, dot, rest = name.partition('.')
+  return f'{stem}-{process}{dot}{rest}' if process else name
 
 
 def _replace(path: pathlib.Path, data: bytes):

@@ -44,10 +44,13 @@ def parse_steps(text: str) -> list[range] | None:
 
 
 class Timelines:
-  """Writes what the slots did when: of the last rollout into timeline.json, of chosen steps into trace/."""
+  """Writes what the slots did when: of the last rollout into timeline.json, of chosen steps into trace/.
+
+  Of several processes each writes what its own did, see `agentrl.metrics.timelines`.
+  """
 
   def __init__(self, workdir: str | os.PathLike, traced: str = ''):
-    """Makes a writer; of several processes only the first writes, of its own slots.
+    """Makes a writer.
 
     Args:
       workdir: The run's folder.
@@ -67,12 +70,11 @@ class Timelines:
       timeline: Of its rollout.
       keep: Whether this is one that the report shows, until the next.
     """
-    if not exchange.is_first():
-      return
+    process = jax.process_index()
     if keep:
-      timelines.write(self._workdir, step, stage, timeline.picture())
+      timelines.write(self._workdir, step, stage, timeline.picture(), process)
     if self._traced is None or any(step in steps for steps in self._traced):
-      timelines.write_trace(self._workdir, step, timeline.trace())
+      timelines.write_trace(self._workdir, step, timeline.trace(), process)
 
 
 class Profiler(contextlib.AbstractContextManager):

@@ -5,6 +5,8 @@ Expected values are those of the one process, at the same seed and the same mesh
 
 from __future__ import annotations
 
+import gzip
+import json
 import pathlib
 import shutil
 import signal
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 
 from agentrl.checkpointing import checkpoints
-from agentrl.metrics import writers
+from agentrl.metrics import timelines, writers
 from agentrl.rollout import store
 from agentrl.training import loop
 
@@ -35,7 +37,7 @@ def start(start_processes, workdir, **overrides):
   """Starts two processes."""
   settings = [f'--config.{key}={value}' for key, value in {**SETTINGS, **overrides}.items()]
   return start_processes(2, [sys.executable, '-m', 'agentrl.main', '--config=tests/training/tiny.py',
-                             f'--workdir={workdir}', f'--stopped_exit_code={STOPPED}', *settings], devices=4)
+                             f'--workdir={workdir}', f'--stopped_exit_code={STOPPED}', '--trace=0', *settings], devices=4)
 
 
 def finish(processes, code=0):
@@ -107,6 +109,18 @@ def test_two_processes_make_the_run_of_one(one, two):
   assert all(np.abs(params_at(two, STEPS)[name] - values).max() > 1e-3 for name, values in params_at(two, 1).items()
              if 'value' not in name and values.ndim > 2)
   assert '"compilations_after_warmup": 0' in (two / 'summary.json').read_text(), (two / 'log').read_text()
+
+
+def test_each_process_writes_what_its_slots_did(two):
+  found = [timelines.read(two, process) for process in (0, 1)]
+  assert [f['step'] for f in found] == [STEPS - 1] * 2
+  traces = sorted(p.name for p in (two / 'trace').iterdir())
+  assert traces == ['step-000000-1.json.gz', 'step-000000.json.gz']
+  labels = []
+  for name in traces:
+    events = json.loads(gzip.decompress((two / 'trace' / name).read_bytes()))['traceEvents']
+    labels.append({e['args']['session'] for e in events if e['ph'] == 'X' and e['args']})
+  assert all(labels) and not labels[0] & labels[1], 'each has groups of its own'
 
 
 def test_one_process_goes_on_where_two_were(one, two, tiny_config, tmp_path, quick_compile):
