@@ -11,4 +11,5 @@ for argument in "$@"; do
     exec python -m pytest -q "$@"
   fi
 done
-exec python -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile tests "$@"
+# Whoever takes a crashed worker's place may wait for ever for its next test.
+exec python -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile --max-worker-restart=0 tests "$@"

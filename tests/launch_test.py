@@ -10,6 +10,7 @@ import pathlib
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -178,3 +179,21 @@ def test_a_jobset_for_gpus_says_who_each_process_is():
   assert environment['JAX_NUM_PROCESSES']['value'] == '4'
   assert 'job-completion-index' in environment['JAX_PROCESS_ID']['valueFrom']['fieldRef']['fieldPath']
   assert container['resources'] == {'limits': {'nvidia.com/gpu': 8}}
+
+
+def test_tests_that_crash_their_process_end_the_run_with_an_error(tmp_path):
+  """Test.sh in a repository of its own: a file that crashes and others that would go on."""
+  pytest.importorskip('xdist')
+  (tmp_path / 'launch').mkdir()
+  shutil.copy(_ROOT / 'launch' / 'test.sh', tmp_path / 'launch')
+  (tmp_path / 'launch' / 'install.sh').write_text('ensure_installed() { :; }\n')
+  shutil.copy(_ROOT / 'pytest.ini', tmp_path)
+  (tmp_path / 'tests').mkdir()
+  (tmp_path / 'tests' / 'crash_test.py').write_text(
+      'import os\ndef test_first(): pass\ndef test_crash(): os.abort()\ndef test_last(): pass\n')
+  for i in range(4):
+    (tmp_path / 'tests' / f'good{i}_test.py').write_text('def test_first(): pass\ndef test_last(): pass\n')
+  env = {name: value for name, value in os.environ.items() if not name.startswith('PYTEST')}
+  env['PATH'] = f'{os.path.dirname(sys.executable)}:{env["PATH"]}'
+  done = subprocess.run(['bash', tmp_path / 'launch' / 'test.sh'], env=env, capture_output=True, text=True, timeout=240)
+  assert done.returncode == 1 and 'crashed while running' in done.stdout, done.stdout
