@@ -31,9 +31,9 @@ class Limits:
 
   def __post_init__(self):
     bad = [f'{f.name}={getattr(self, f.name)}' for f in dataclasses.fields(self)
-           if getattr(self, f.name) < 1]
+           if not getattr(self, f.name) >= 1 or f.name != 'seconds' and getattr(self, f.name) % 1]
     if bad:
-      raise ValueError(f'limits must be at least 1, got {", ".join(bad)}')
+      raise ValueError(f'limits must be at least 1, and whole but for seconds, got {", ".join(bad)}')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from agentrl.models.params import Params
 from agentrl.rollout.budget import Budget, Limits
 from agentrl.rollout.journal import Journal
 from agentrl.rollout.priorities import PRIORITIES
-from agentrl.rollout.session import Session, TrajectoryEnded
+from agentrl.rollout.session import Session, TrajectoryEnded, check_context
 from agentrl.rollout.slots import Slots
 from agentrl.rollout.stats import EngineStats, Timeline
 from agentrl.sampling.constrain import Grammar
@@ -72,9 +72,7 @@ class Engine:
     """
     if grammar and not sampler.masks:
       raise ValueError('the engine has a grammar, and its sampler was not made with constrained=True')
-    if limits.context_tokens > sampler.context:
-      raise ValueError(f'context_tokens={limits.context_tokens} is above the sampler\'s longest context of '
-                       f'{sampler.context} tokens')
+    check_context(limits, sampler)
     self.sampler = sampler
     self.tokenizer = tokenizer
     self.limits = limits
@@ -226,7 +224,13 @@ class Engine:
 
   def adopt(self, session: Session, program: Program) -> asyncio.Task:
     """Starts a program on a session: a job's, or a fork's. Returns its asyncio task, which raises only what `on_done`
-    does."""
+    does.
+
+    Raises:
+      ValueError: if a program was started on it before.
+    """
+    if session.adopted:
+      raise ValueError(f'session {session.label} has a program already; fork it, or open another')
     session.adopted = True
     task = asyncio.create_task(self._run(session, program, self._on_done))
     self._adopted.append((session, task))
@@ -293,7 +297,8 @@ class Engine:
       on_done(trajectory)
 
   def _leave(self, session: Session):
-    """Gives up the slots of a session and of those that it opened and nobody else drives."""
+    """Gives up the slots of a session and of those that it opened and nobody else drives, and turns nobody awaits."""
+    session.give_up()
     self._slots.leave(session)
     for other in session.opened:
       if not other.adopted:

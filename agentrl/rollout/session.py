@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import operator
 import time
 from typing import TYPE_CHECKING, NamedTuple, Sequence
 
@@ -18,6 +19,7 @@ from agentrl.sampling.constrain import Cursor, Grammar
 if TYPE_CHECKING:
   from agentrl.rollout.engine import Engine
   from agentrl.sampling.contexts import Parked
+  from agentrl.sampling.sampler import Sampler
 
 
 class TrajectoryEnded(Exception):
@@ -45,6 +47,17 @@ def trajectory_seed(seed: int, task_id: str, sample: int, path: Sequence[int] = 
   text = repr((seed, task_id, sample, tuple(path))).encode()
   words = np.frombuffer(hashlib.blake2b(text, digest_size=8).digest(), np.uint32)
   return int(words[0]), int(words[1])
+
+
+def check_context(limits: Limits, sampler: Sampler):
+  """Refuses limits that a sampler has no room for.
+
+  Raises:
+    ValueError: if their context is longer than the sampler's.
+  """
+  if limits.context_tokens > sampler.context:
+    raise ValueError(f'context_tokens={limits.context_tokens} is above the sampler\'s longest context of '
+                     f'{sampler.context} tokens')
 
 
 class Request:
@@ -87,7 +100,7 @@ class Session:
     self.journals = journals  # by path; None where nobody will run the program again
     self.journal = None if journals is None else journals.setdefault(trajectory.path, Journal())
     self.trajectory = trajectory
-    self.limits = limits
+    self._limits = limits
     self.grammar = engine.grammar
     self.seed = trajectory_seed(trajectory.seed, trajectory.task.id, trajectory.sample, trajectory.path)
     self.slot: int | None = None
@@ -104,6 +117,20 @@ class Session:
     self._forks = 0
     self.opened: list[Session] = []  # sessions of other roles, of this one's program
     self.adopted = False  # whether a program of its own drives it
+
+  @property
+  def limits(self) -> Limits:
+    """What the trajectory may use; the engine's, unless its program sets others.
+
+    Raises:
+      ValueError: if set to a longer context than the sampler has.
+    """
+    return self._limits
+
+  @limits.setter
+  def limits(self, limits: Limits):
+    check_context(limits, self.engine.sampler)
+    self._limits = limits
 
   @property
   def label(self) -> str:
@@ -134,9 +161,11 @@ class Session:
       tokens: [n] ids. They enter the cache with the next turn.
     Raises:
       TrajectoryEnded: if the context has no room for them.
+      ValueError: if the policy knows no such tokens.
       RuntimeError: if the trajectory has ended, or a turn is being sampled.
     """
     self._check_open()
+    self._check_known(tokens)
     self._check_room(tokens, Boundary.ENVIRONMENT)
     self.context.append_forced(tokens, self.num_turns)
 
@@ -151,12 +180,16 @@ class Session:
       TrajectoryEnded: if no turn, call or token is left, nothing was appended yet, or far more was drawn and
         rolled back than a trajectory may hold.
       ValueError: if max_tokens is below 1, or a stop is empty, or too many stops are single pieces, or the sampler was not
-        made for grammars.
+        made for grammars, or does not have the policy.
+      TypeError: if max_tokens is no whole number, or the stops are one string.
       RuntimeError: if the trajectory has ended, or a turn is being sampled.
     """
     self._check_open()
-    if max_tokens is not None and max_tokens < 1:
+    if max_tokens is not None and operator.index(max_tokens) < 1:
       raise ValueError(f'max_tokens={max_tokens} must be at least 1')
+    if isinstance(stops, str):
+      raise TypeError(f'stops={stops!r} is one string, which is not taken for its letters; give a list of strings')
+    self._check_policy(self.policy)
     if self.grammar and not self.engine.sampler.masks:
       raise ValueError('a session has a grammar, and its sampler was not made with constrained=True')
     if not len(self.context):
@@ -185,7 +218,7 @@ class Session:
           self.journal.note(self.context, start, reason, self.request.asked)
     except asyncio.CancelledError:
       self.engine.withdraw(self)
-      self._cut(start)
+      self._forget_turn()
       raise
     finally:
       self.request = None
@@ -223,8 +256,12 @@ class Session:
     self.engine.spend(calls=len(results))
 
   def finish(self, status: Status, answer: str | None = None, boundary: Boundary | None = None, detail: str = ''):
-    """Ends the trajectory."""
-    self.trajectory.status = status
+    """Ends the trajectory.
+
+    Raises:
+      ValueError: if there is no such status.
+    """
+    self.trajectory.status = Status(status)
     self.trajectory.answer = answer
     self.trajectory.boundary = boundary
     self.trajectory.detail = detail
@@ -249,6 +286,8 @@ class Session:
     """
     self._check_open()
     t = self.trajectory
+    if mark.segments < 1 or mark.length < 0 or mark.turns < 0:
+      raise ValueError(f'{mark} is no place')
     if mark.segments > len(t.segments) or mark.length > len(t.segments[mark.segments - 1]) or mark.turns > len(t.turns):
       raise ValueError(f'{mark} lies ahead of {self.mark()}: what was there is forgotten')
     del t.turns[mark.turns:]
@@ -267,7 +306,7 @@ class Session:
       tokens: [n] ids of the whole new context; they enter the cache with the next turn.
     Raises:
       TrajectoryEnded: if the context has no room for them.
-      ValueError: if there are none.
+      ValueError: if there are none, or the policy knows no such tokens.
       RuntimeError: if the trajectory has ended, or a turn is being sampled.
     """
     self._check_open()
@@ -277,7 +316,7 @@ class Session:
     self.trajectory.segments.append(Segment())
     try:
       self.append(tokens)
-    except TrajectoryEnded:
+    except (TrajectoryEnded, ValueError):
       self.trajectory.segments.pop()
       raise
     self._note_changed(before)
@@ -292,11 +331,12 @@ class Session:
       mark: The place where the turn begins.
       tokens: [n] ids.
     Raises:
-      ValueError: if there are no tokens, or see `rollback`.
+      ValueError: if there are no tokens, or none that the policy knows, or see `rollback`.
       TrajectoryEnded: if the context has no room for them.
     """
     if not len(tokens):
       raise ValueError('a turn must not be empty')
+    self._check_known(tokens)
     self.rollback(mark)
     self._check_room(tokens, Boundary.AGENT)
     start = len(self.context)
@@ -347,6 +387,18 @@ class Session:
     if self.request is not None:
       raise RuntimeError('a turn is being sampled; await it first')
 
+  def _check_known(self, tokens: Sequence[int]):
+    ids, known = np.asarray(tokens), self.engine.sampler.config.vocab_size
+    if ids.size and not (ids.ndim == 1 and ids.dtype.kind in 'iu' and 0 <= ids.min() and ids.max() < known):
+      raise ValueError(f'tokens must be whole numbers from 0 to {known - 1} in a row, got {ids.dtype} of shape {ids.shape}'
+                       + (f' from {ids.min()} to {ids.max()}' if ids.dtype.kind in 'iuf' else ''))
+
+  def _check_policy(self, policy: str):
+    known = self.engine.sampler.policies
+    if policy not in known:
+      raise ValueError(f'policy {policy!r} is unknown; known: {", ".join(map(repr, known))}; see rollout.policies, or '
+                       'engine.sampler.set_params')
+
   def _check_room(self, tokens: Sequence[int], boundary: Boundary):
     room = self.limits.context_tokens - len(self.context)
     if len(tokens) > room:
@@ -369,9 +421,18 @@ class Session:
     if t.fork_points:
       t.fork_point = t.fork_points[-1][1]
 
-  def _cut(self, length: int):
-    self.context.truncate(length)
+  def _forget_turn(self):
+    """Takes what was drawn of the turn under way out of the context; it has been drawn all the same."""
+    start = self.request.start
+    self._drawn += len(self.context) - start
+    self.context.truncate(start)
     self._note_changed(self.context)
+
+  def give_up(self):
+    """Cancels the turn that is being sampled, if one is, in whatever task awaits it: its program has ended."""
+    if self.request is not None:
+      self._forget_turn()
+      self.request.future.cancel()
 
   def fork(self, n: int) -> list[Session]:
     """Returns n sessions that go on from here, each with draws of its own; the prefix is copied, not recomputed.
@@ -417,11 +478,8 @@ class Session:
       ValueError: if there is no such policy.
       TrajectoryEnded: if the job has as many descendants as the limits allow.
     """
-    known = self.engine.sampler.policies
     policy = self.policy if policy is None else policy
-    if policy not in known:
-      raise ValueError(f'policy {policy!r} is unknown; known: {", ".join(map(repr, known))}; see rollout.policies, or '
-                       'engine.sampler.set_params')
+    self._check_policy(policy)
     self._count_descendants(1)
     t = self.trajectory
     path = (*t.path, self._forks)

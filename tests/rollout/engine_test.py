@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from agentrl.core.types import Boundary, Status
 from agentrl.metrics.timing import CompileCounter
 from agentrl.rollout.budget import Limits
 from agentrl.rollout.engine import LINGER_SECONDS, Engine, Job
+from agentrl.rollout.session import Mark
 from agentrl.sampling import contexts
 from agentrl.sampling.draw import SamplingParams
 from agentrl.sampling.sampler import Sampler
@@ -301,6 +303,63 @@ async def awaits_something_cancelled(session):
   await tool
 
 
+async def half_a_token(session):
+  session.append(PROMPT)
+  await session.generate(max_tokens=2.5)
+
+
+async def one_string_of_stops(session):
+  session.append(PROMPT)
+  await session.generate(stops='abc')
+
+
+async def unknown_token(session):
+  session.append([*PROMPT, 1 << 20])
+  await session.generate()
+
+
+async def negative_token(session):
+  session.append(PROMPT)
+  session.replace([*PROMPT, -1])
+
+
+async def token_of_another_kind(session):
+  session.append(PROMPT)
+  mark = session.mark()
+  await session.generate()
+  session.revise(mark, [1.5])
+
+
+async def huge_token(session):
+  session.append([1 << 40])
+  await session.generate()
+
+
+async def longer_context(session):
+  session.limits = dataclasses.replace(session.limits, context_tokens=1 << 20)
+
+
+async def no_such_place(session):
+  session.append(PROMPT)
+  session.rollback(Mark(0, 0, 0))
+
+
+async def no_such_status(session):
+  session.append(PROMPT)
+  session.finish('done')
+
+
+async def no_such_policy(session):
+  session.append(PROMPT)
+  session.policy = 'nobody'
+  await session.generate()
+
+
+async def two_programs(session):
+  session.append(PROMPT)
+  session.engine.adopt(session, two_programs)
+
+
 AGENT = (Status.AGENT_FAILURE, Boundary.AGENT)
 BAD = [
     (raises, *AGENT, "KeyError: 'lost'"),
@@ -317,18 +376,32 @@ BAD = [
     (goes_on_after_the_end, *AGENT, 'the trajectory has ended (finished)'),
     (awaits_something_cancelled, *AGENT, 'cancelled'),
 ]
+WORSE = [
+    (half_a_token, *AGENT, "'float' object cannot be interpreted as an integer"),
+    (one_string_of_stops, *AGENT, "stops='abc' is one string"),
+    (unknown_token, *AGENT, 'got int64 of shape (25,) from 20 to 1048576'),
+    (negative_token, *AGENT, 'from -1 to 43'),
+    (token_of_another_kind, *AGENT, 'got float64 of shape (1,)'),
+    (huge_token, *AGENT, 'to 1099511627776'),
+    (longer_context, *AGENT, 'context_tokens=1048576 is above the sampler'),
+    (no_such_place, *AGENT, 'is no place'),
+    (no_such_status, *AGENT, "'done' is not a valid Status"),
+    (no_such_policy, *AGENT, "policy 'nobody' is unknown; known: ''"),
+    (two_programs, *AGENT, 'session task-110/0 has a program already'),
+]
 
 
-def test_bad_programs_end_their_own_trajectory_alone(tiny, plain):
+@pytest.mark.parametrize('bad', [BAD, WORSE], ids=['bad', 'worse'])
+def test_bad_programs_end_their_own_trajectory_alone(tiny, plain, bad):
   good, done = jobs_of(tiny), []
-  jobs = [j for i, g in enumerate(good[:len(BAD)])
-          for j in (g, Job(tiny.task(100 + i), 0, 'bad', BAD[i][0]))]
+  jobs = [j for i, g in enumerate(good[:len(bad)])
+          for j in (g, Job(tiny.task(100 + i), 0, 'bad', bad[i][0]))]
   with tiny.engine() as engine:
     trajectories = engine.collect(jobs, on_done=done.append, policy_version=3)
-    check_same(plain[:len(BAD)], trajectories[::2])
-    for (program, status, boundary, detail), t in zip(BAD, trajectories[1::2]):
+    check_same(plain[:len(bad)], trajectories[::2])
+    for (program, status, boundary, detail), t in zip(bad, trajectories[1::2], strict=True):
       assert (t.status, t.boundary) == (status, boundary), program.__name__
-      assert detail in t.detail, program.__name__
+      assert detail in t.detail, (program.__name__, t.detail)
     assert sorted(map(id, done)) == sorted(map(id, trajectories))
     assert {t.policy_version for t in trajectories} == {3}
     # Slots and queues are free again.
@@ -361,6 +434,52 @@ def test_a_cancelled_turn_leaves_the_context_as_it_was(tiny):
               for p in (gives_up, patient))
   assert seen['context'] and a.status is Status.FINISHED and a.answer == b.answer
   assert tokens_of([a]) == tokens_of([b]) and len(a.turns) == 1
+
+
+@pytest.mark.parametrize('role', [False, True])
+def test_a_turn_that_nobody_awaits_any_more_is_forgotten(tiny, role):
+  """A program ends while a turn of its session, or of one that it opened, is under way in a task of its own."""
+  seen = {}
+
+  async def leaves(session):
+    seen['session'] = drawing = session.open() if role else session
+    session.append(PROMPT)
+    if role:
+      drawing.append(PROMPT)
+    seen['turn'] = asyncio.ensure_future(drawing.generate(max_tokens=60))
+    while len(drawing.context) == len(PROMPT):
+      await asyncio.sleep(0.001)
+    session.finish(Status.FINISHED)
+
+  async def waits(session):
+    session.append(PROMPT)
+    while 'turn' not in seen or not seen['turn'].done():
+      await session.generate(max_tokens=1)
+    seen['cancelled'] = seen['turn'].cancelled()
+    session.finish(Status.FINISHED)
+
+  with tiny.engine(turn_tokens=60, turns=60) as engine:
+    one, other = engine.collect([Job(tiny.task(), 0, 'g', leaves), Job(tiny.task(1), 0, 'g', waits)])
+  assert (one.status, other.status) == (Status.FINISHED, Status.FINISHED), other.detail
+  assert seen['cancelled'] and seen['session'].context.tokens.tolist() == PROMPT
+  assert not seen['session'].trajectory.turns
+
+
+def test_turns_that_are_given_up_count_as_drawn(tiny):
+  async def impatient(session):
+    session.append(PROMPT)
+    while True:
+      turn = asyncio.ensure_future(session.generate(max_tokens=60))
+      while not turn.done() and len(session.context) == len(PROMPT):
+        await asyncio.sleep(0.001)
+      turn.cancel()
+      await asyncio.wait([turn])
+      if not turn.cancelled():
+        turn.result()
+
+  with tiny.engine(turn_tokens=60, trajectory_tokens=60, redraws=2, seconds=60.0) as engine:
+    [t] = engine.collect([Job(tiny.task(), 0, 'g', impatient)])
+  assert t.status is Status.AGENT_FAILURE and 'most of them rolled back again' in t.detail
 
 
 # ---- interruptions -------------------------------------------------------------------------------

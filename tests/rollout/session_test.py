@@ -236,7 +236,8 @@ def test_the_key_is_a_function_of_seed_task_sample_and_path_alone():
   assert trajectory_seed(0, 'a', 1) == (1415558832, 2758359419)
 
 
-@pytest.mark.parametrize('bad', [dict(turn_tokens=0), dict(turns=-1), dict(context_tokens=0)])
+@pytest.mark.parametrize('bad', [dict(turn_tokens=0), dict(turns=-1), dict(context_tokens=0), dict(calls=2.5),
+                                 dict(seconds=float('nan'))])
 def test_limits_below_one_are_refused(bad):
   [(name, value)] = bad.items()
   with pytest.raises(ValueError, match=f'{name}={value}'):

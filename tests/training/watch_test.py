@@ -10,12 +10,14 @@ import json
 import pathlib
 import shutil
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from agentrl.metrics import timelines, writers
+from agentrl.rollout.stats import Timeline
 from agentrl.training import loop, sft, watch
 from agentrl.viz import report
 
@@ -148,6 +150,17 @@ def test_an_error_in_a_profiled_step_leaves_a_whole_profile_and_the_next_start_a
 def test_what_names_no_steps_is_refused(text):
   with pytest.raises(ValueError, match=r"--trace='.*: '.*' names no steps of the run; give 'all', or steps such as"):
     watch.parse_steps(text)
+
+
+def test_of_several_processes_each_writes_files_of_its_own(tmp_path, monkeypatch):
+  for process in (0, 1):
+    timeline = Timeline(2 + process)
+    timeline.add('device', 'decode', time.perf_counter(), time.perf_counter() + 1)
+    monkeypatch.setattr(jax, 'process_index', lambda: process)
+    watch.Timelines(tmp_path, '7').write(7, 'rl', timeline, keep=True)
+  assert [len(timelines.read(tmp_path, process)['rows']) for process in (0, 1)] == [3, 4]
+  files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*') if p.is_file()}
+  assert files == {'timeline.json', 'timeline-1.json', 'trace/step-000007.json.gz', 'trace/step-000007-1.json.gz'}
 
 
 def test_a_file_that_is_no_timeline_is_refused(tmp_path):
