@@ -213,9 +213,11 @@ class Engine:
     Args:
       params: Learner's view. Not read any more once this returns.
       version: Of the policy, for the tokens that it draws.
-      keep_cache: Leave what the older weights computed of the contexts; else it is computed anew as it is needed, so
-        that each draw is exactly the new policy's.
+      keep_cache: Leave what the older weights computed of the contexts under way, which no later one shares; else it is
+        computed anew as it is needed, so that each draw is exactly the new policy's.
     """
+    if keep_cache:
+      self.sampler.outdate()
     self.sampler.set_params(params)
     self.version = version
     if not keep_cache:

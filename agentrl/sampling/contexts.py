@@ -67,10 +67,12 @@ class Context:
     held: Tokens.
     node: Of the tree, as far as the context is in it by whole blocks.
     noted: Tokens of it that are in the tree.
+    age: Of the books when it was opened, see `Contexts.outdate`.
   """
 
   policy: str
   node: Node
+  age: int
   blocks: list[Block] = dataclasses.field(default_factory=list)
   held: int = 0
   noted: int = 0
@@ -87,6 +89,7 @@ class Parked:
     keys: [L, n, K, Dh, P], the others' in order.
     values: [L, n, K, P, Dh].
     generation: Of the cache; of no use once that has been emptied.
+    age: See `Context`.
   """
 
   policy: str
@@ -95,6 +98,7 @@ class Parked:
   keys: np.ndarray
   values: np.ndarray
   generation: int
+  age: int
 
   @property
   def nbytes(self) -> int:
@@ -122,7 +126,7 @@ class Contexts:
     self.spread = (reach + block - 2) // block + 1  # most blocks that a call writes to in a slot
     self.tokens = np.zeros((slots, self.row * block + 1), np.int32)  # and the pending one
     self.tree = PrefixTree(block)
-    self.generation = 0
+    self.generation = self.age = 0
     self.clear()
 
   def clear(self):
@@ -137,13 +141,21 @@ class Contexts:
     self._due: list[Block] = []
     self._pinned: list[Block] = []
 
+  def outdate(self):
+    """Has no context that is opened from here on begin as one does that is there; no work may be due."""
+    self.tree.clear()
+    for block in list(self._all.values()):
+      block.nodes = block.sealed = 0
+      self._free_if_unused(block)
+    self.age += 1
+
   # ---- contexts ---------------------------------------------------------------------------------
 
   def open(self, slot: int, tokens: np.ndarray, policy: str = '') -> int:
     """Gives a slot what the cache has of the beginning of a context, and returns how many tokens that are."""
     self.close(slot)
     path, best, common = self.tree.match(policy, tokens)
-    context = Context(policy, path[-1] if path else self.tree.root(policy))
+    context = Context(policy, path[-1] if path else self.tree.root(policy), self.age)
     self.contexts[slot] = context
     for node in path:
       self._hold(context, node.block)
@@ -264,9 +276,9 @@ class Contexts:
 
   def note(self, slot: int):
     """Lets others begin as the slot's context does, as far as it is held."""
-    if not self._share:
-      return
     context, p = self.contexts[slot], self.block
+    if not self._share or context.age != self.age:
+      return
     if context.node.gone:
       context.node, context.noted = self.tree.root(context.policy), 0
     at = context.noted // p
@@ -322,7 +334,8 @@ class Contexts:
     kept = {i: block for i, block in enumerate(context.blocks) if block.users > 1}
     alone = [block for block in context.blocks if block.users == 1]
     keys, values = take([b.id for b in alone]) if alone else (np.zeros((0,) * 5), np.zeros((0,) * 5))
-    parked = Parked(context.policy, self.tokens[slot, :context.held].copy(), kept, keys, values, self.generation)
+    parked = Parked(context.policy, self.tokens[slot, :context.held].copy(), kept, keys, values, self.generation,
+                    context.age)
     for block in alone:
       self._drop(block)
     self.contexts[slot] = None
@@ -335,7 +348,7 @@ class Contexts:
       CacheFull: if there is no room; nothing is changed then.
     """
     self.close(slot)
-    context = self.contexts[slot] = Context(parked.policy, self.tree.root(parked.policy))
+    context = self.contexts[slot] = Context(parked.policy, self.tree.root(parked.policy), parked.age)
     if parked.generation != self.generation:
       return []
     count = -(-len(parked.tokens) // self.block)

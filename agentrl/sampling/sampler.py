@@ -251,6 +251,11 @@ class Sampler:
     if self._where is not None:
       self.cache = jax.device_put(self.cache, self._where)
 
+  def outdate(self):
+    """Has no context that is opened from here on share what is in the cache; those that are there go on."""
+    self.flush()
+    self.contexts.outdate()
+
   @property
   def block_bytes(self) -> int:
     """Bytes of a block, in all layers."""

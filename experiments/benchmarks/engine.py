@@ -9,8 +9,11 @@ waiting: sessions of geometrically many turns (mean 6) of 32 tokens; after each 
     barrier    as many sessions as slots; all draw, then all wait for the slowest tool; the next ones when all have ended
     engine     all sessions of an iteration at once
     partial    an iteration ends when as many groups are done as it is to have, those of later ones begun before
+    kept       the same, and what older weights computed of a context is kept (`rl.keep_cache`)
 
-Each iteration brings weights, so that nothing of the cache outlives it. That all trajectories are equal is checked.
+Each iteration brings weights, so that, but for kept, nothing of the cache outlives it. That all trajectories are equal is
+checked. A run has hundreds of iterations and these have eight: what partial rollouts give is also measured from the first
+that is taken to the last for which there was still more to begin, before the last sessions have the slots to themselves.
 
 prefixes: 64 tasks with a system prompt of 1,000 tokens in common, 8 samples each: known tokens computed, and the cache's
 memory beside that of the tokens in it.
@@ -49,7 +52,7 @@ from agentrl.rollout.stream import Order, Stream
 from agentrl.sampling.sampler import Sampler
 
 _RESULTS = pathlib.Path(__file__).resolve().parent / 'results'
-SLOTS, GROUP, GROUPS, ITERATIONS, STALENESS = 32, 4, 16, 5, 2
+SLOTS, GROUP, GROUPS, ITERATIONS, STALENESS = 32, 4, 16, 8, 2
 PROMPT, TURN, OBSERVATION, MEAN_TURNS, MOST_TURNS, SIGMA = 64, 32, 16, 6, 20, 0.75
 CONTEXT = PROMPT + MOST_TURNS * (TURN + OBSERVATION)
 CAPACITIES = (96, 128, 192, 256, 320)
@@ -58,7 +61,7 @@ SHOWN_SECONDS = 8.0  # of the timelines that are kept
 
 def make_engine(slots: int, context: int, capacities, **settings) -> Engine:
   """Returns an engine that has compiled all that it will need."""
-  sampler = Sampler(model(), slots=slots, context=context, chunk=16, capacities=capacities, row_buckets=(8, slots),
+  sampler = Sampler(model(), slots=slots, context=context, chunk=16, capacities=capacities,
                     token_buckets=(OBSERVATION, PROMPT), block=settings.pop('block', 0))
   sampler.set_params(params())
   sampler.warm_up()
@@ -146,9 +149,9 @@ def in_step(engine: Engine, iteration: int, mean_delay: float) -> list:
   return out
 
 
-def partial(engine: Engine, mean_delay: float, taken_at: list[float]) -> list:
+def partial(engine: Engine, mean_delay: float, taken_at: list[float], keep_cache: bool) -> list:
   """Collects all iterations, each begun before the one ahead of it has ended; adds when each had as many as it needs."""
-  stream, out, asked = Stream(engine, staleness=STALENESS), [], 0
+  stream, out, asked = Stream(engine, staleness=STALENESS, keep_cache=keep_cache), [], 0
   try:
     for iteration in range(ITERATIONS):
       stream.take_weights(params(), iteration)
@@ -172,12 +175,13 @@ def waiting() -> dict:
     engine.collect(no_tool)
   # All 32 draw all the time only at the beginning; a step costs about the same however few draw.
   turn_seconds = engine.stats.decode_seconds / engine.stats.steps * TURN
-  taken_at: list[float] = []
+  taken_at: dict[str, list[float]] = {'partial': [], 'kept': []}
   modes = {
       'barrier': lambda: [t for i in range(ITERATIONS) for t in in_step(engine, i, turn_seconds)],
       'engine': lambda: [t for i in range(ITERATIONS) for t in
                          engine.collect([j for g in jobs_of(i, turn_seconds) for j in g])],
-      'partial': lambda: partial(engine, turn_seconds, taken_at),
+      'partial': lambda: partial(engine, turn_seconds, taken_at['partial'], keep_cache=False),
+      'kept': lambda: partial(engine, turn_seconds, taken_at['kept'], keep_cache=True),
   }
   found, first = {}, None
   for name, collect in modes.items():
@@ -197,12 +201,13 @@ def waiting() -> dict:
     found[name]['times_barrier'] = found['barrier']['seconds'] / seconds
     print(name, json.dumps({k: v for k, v in found[name].items() if k != 'timeline'}), flush=True)
   engine.close()
-  # While there is always more to begin: the last iterations' sessions have the slots to themselves.
+  # The last iterations' sessions have the slots to themselves.
   full = ITERATIONS - STALENESS
-  seconds = (taken_at[full - 1] - taken_at[0]) / (full - 1)
-  found['partial']['seconds_an_iteration_while_full'] = seconds
-  found['partial']['times_barrier_while_full'] = found['barrier']['seconds'] / ITERATIONS / seconds
-  print(json.dumps({k: v for k, v in found['partial'].items() if k.endswith('full')}), flush=True)
+  for name, times in taken_at.items():
+    seconds = (times[full - 1] - times[0]) / (full - 1)
+    found[name]['seconds_an_iteration_while_full'] = seconds
+    found[name]['times_barrier_while_full'] = found['barrier']['seconds'] / ITERATIONS / seconds
+    print(name, json.dumps({k: v for k, v in found[name].items() if k.endswith('full')}), flush=True)
   return {'turn_seconds': turn_seconds, 'sessions': ITERATIONS * GROUPS * GROUP, 'iterations': ITERATIONS,
           'staleness': STALENESS, 'slots': SLOTS, **found}
 
@@ -295,7 +300,8 @@ def draw(record: dict, path: pathlib.Path):
   from matplotlib import figure as figure_lib  # Its objects need no display or global state.
   colours = {'draw': '#2a6f97', 'wait': '#f2c14e', 'decode': '#2a6f97', 'prefill': '#9b5de5', 'idle': '#e8e8e8',
              'linger': '#c9c9c9'}
-  names = {'barrier': 'barrier after every turn', 'engine': 'engine', 'partial': 'engine, partial rollouts'}
+  names = {'barrier': 'barrier after every turn', 'engine': 'engine', 'partial': 'engine, partial rollouts',
+           'kept': 'engine, partial rollouts, cache kept'}
   figure = figure_lib.Figure(figsize=(10, 8), layout='constrained')
   for axis, (mode, title) in zip(figure.subplots(len(names), 1, sharex=True), names.items()):
     for row, kind, start, end in record['waiting'][mode]['timeline']:

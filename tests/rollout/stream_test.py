@@ -143,6 +143,23 @@ def test_a_kept_cache_is_not_computed_anew_and_records_what_was_drawn_from(tiny,
     assert np.abs(t.segments[0].log_probs - scores(tiny, t, 1))[own].max() > 1e-3
 
 
+def test_of_a_kept_cache_new_trajectories_share_nothing(tiny, start):
+  stream = start(staleness=1, keep_cache=True)
+  stream.take_weights(weights(tiny, 0), 0)
+  stream.ask(orders_of(tiny, 1, 4))
+  stream.take(1)
+  carried = {id(t) for _, _, t in under_way(stream)}
+  stream.take_weights(weights(tiny, 1), 1)
+  stream.ask(orders_of(tiny, 1, first=2))  # the same prompt
+  stream.take(1)
+  stream.take_weights(weights(tiny, 1), 2)
+  begun_after = [t for group in stream.take(1) for t in group if id(t) not in carried]
+  assert begun_after
+  for t in begun_after:
+    own = t.segments[0].sampled
+    np.testing.assert_allclose(t.segments[0].log_probs[own], scores(tiny, t, 1)[own], atol=1e-4)
+
+
 @pytest.mark.parametrize('seed', range(3))
 @pytest.mark.parametrize('staleness', [0, 1, 3])
 def test_nothing_grows_too_old_whatever_ends_first(tiny, start, staleness, seed):

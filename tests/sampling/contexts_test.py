@@ -52,7 +52,7 @@ class Books(RuleBasedStateMachine):
     super().__init__()
     self.books = Contexts(SLOTS, CONTEXT, BLOCK, SIZES, REACH)
     self.device = Device()
-    self.truth: dict[int, tuple[str, list[int]]] = {}  # by slot
+    self.truth: dict[int, tuple[tuple[str, int], list[int]]] = {}  # by slot: policy and age of its books, tokens
     self.outside = []  # what is parked, and whether it still counts
 
   # ---- what the device does ---------------------------------------------------------------------
@@ -66,15 +66,17 @@ class Books(RuleBasedStateMachine):
       for write in (w for w in work if not isinstance(w, Copy)):
         tokens = self.books.tokens[write.slot, :write.start + len(write.tokens)].tolist()
         assert tokens[write.start:] == write.tokens.tolist()
-        self.check_places([b.id for b in write.blocks], write.policy, tokens[:write.start])
-        written += [(write.blocks[at // BLOCK], at % BLOCK, (write.policy, *tokens[:at + 1]))
+        weights = self.truth[write.slot][0]
+        assert write.policy == weights[0]
+        self.check_places([b.id for b in write.blocks], weights, tokens[:write.start])
+        written += [(write.blocks[at // BLOCK], at % BLOCK, (weights, *tokens[:at + 1]))
                     for at in range(write.start, len(tokens))]
       for block, place, content in written:
         self.device.places[block.id][place] = content
 
-  def check_places(self, ids, policy, tokens):
+  def check_places(self, ids, weights, tokens):
     for at in range(len(tokens)):
-      assert self.device.places[ids[at // BLOCK]][at % BLOCK] == (policy, *tokens[:at + 1])
+      assert self.device.places[ids[at // BLOCK]][at % BLOCK] == (weights, *tokens[:at + 1])
 
   def settle(self, slot):
     if self.books.is_due(slot):
@@ -86,7 +88,7 @@ class Books(RuleBasedStateMachine):
   def open(self, slot, tokens, policy):
     self.settle(slot)
     held = self.books.open(slot, np.asarray(tokens, np.int32), policy)
-    self.truth[slot] = policy, tokens[:held]
+    self.truth[slot] = (policy, self.books.age), tokens[:held]
 
   @rule(slot=SLOT)
   def close(self, slot):
@@ -104,7 +106,7 @@ class Books(RuleBasedStateMachine):
   def fork(self, data, into):
     source = data.draw(st.sampled_from(sorted(self.truth)))
     self.books.note(source)
-    policy, tokens = self.truth[source]
+    (policy, _), tokens = self.truth[source]
     self.open(into, list(tokens), policy)
 
   @precondition(lambda self: self.truth)
@@ -227,6 +229,12 @@ class Books(RuleBasedStateMachine):
       self.device = Device()
       self.truth.clear()
 
+  @rule(really=st.integers(0, 4))
+  def outdate(self, really):
+    if not really:
+      self.flush()
+      self.books.outdate()
+
   # ---- what is always so ------------------------------------------------------------------------
 
   def parked_now(self):
@@ -252,22 +260,22 @@ class Books(RuleBasedStateMachine):
     for slot, context in enumerate(self.books.contexts):
       assert (context is None) == (slot not in self.truth)
       if context is not None:
-        policy, tokens = self.truth[slot]
-        assert (context.policy, context.held) == (policy, len(tokens))
+        weights, tokens = self.truth[slot]
+        assert ((context.policy, context.age), context.held) == (weights, len(tokens))
         assert self.books.tokens[slot, :context.held].tolist() == tokens
 
   @invariant()
   def what_is_held_is_what_was_computed(self):
     """So nobody has written to what another holds."""
-    for slot, (policy, tokens) in self.truth.items():
+    for slot, (weights, tokens) in self.truth.items():
       blocks = self.books.contexts[slot].blocks
       if not self.books.is_due(slot):
-        self.check_places([b.id for b in blocks], policy, tokens)
+        self.check_places([b.id for b in blocks], weights, tokens)
     for parked in self.parked_now():
       tokens = parked.tokens.tolist()
       for i, block in parked.kept.items():
         for at in range(i * BLOCK, min((i + 1) * BLOCK, len(tokens)) if block.due < 0 else 0):
-          assert self.device.places[block.id][at % BLOCK] == (parked.policy, *tokens[:at + 1])
+          assert self.device.places[block.id][at % BLOCK] == ((parked.policy, parked.age), *tokens[:at + 1])
 
   def teardown(self):
     self.flush()
