@@ -64,7 +64,7 @@ class Engine:
       seed: Of all draws.
       grammar: What turns may be, unless a program gives its session another; None to draw freely.
       priorities: Names of rules, see `agentrl.rollout.priorities`: who of those that want a slot gets one first.
-      patience: Seconds that a session may wait in its slot while others want one; None for what leaving it costs.
+      patience: Seconds that a session may wait in its slot while others want one; None until that costs what leaving does.
       parked_bytes: Host memory for the cache of sessions that had to leave their slots.
     Raises:
       ValueError: if the sampler has no room for the limits' context, or was not made for a grammar.
@@ -367,15 +367,15 @@ class Engine:
 
   @property
   def _patience_seconds(self) -> float:
-    """How long a session may wait in a slot that others want: as long as it takes it to leave and come back.
+    """How long a session may wait in a slot that others want: until that has cost what it takes it to leave and come back.
 
-    Who waits so long at most, and who leaves at once, lose at most twice what the one who knows would. What there is no
-    host memory for has to be computed again, which takes about a chunk.
+    While it waits one slot draws nothing; while it leaves, none. Who waits so long at most loses at most twice what the
+    one who knows would. What there is no host memory for has to be computed again, which takes about a chunk.
     """
     if self._patience is not None:
       return self._patience
     swap = self._slots.swap_seconds
-    return self._linger_seconds if swap is None else min(swap, self._linger_seconds)
+    return (self._linger_seconds if swap is None else swap) * max(1, len(self._slots.ready))
 
   @property
   def _linger_seconds(self) -> float:
