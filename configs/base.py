@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
   c.model.remat = False
   c.model.remat_policy = 'nothing'  # what is kept with remat: 'nothing', 'attention', 'dots'
   c.model.logit_chunk = 0  # tokens whose logits exist at a time, on each device; 0 for all
-  c.model.attention = 'auto'  # of the learner: 'xla', 'cudnn', 'splash'; 'auto' for the platform's
+  c.model.attention = 'auto'  # 'xla', 'cudnn', 'splash'; 'auto' for the platform's; 'xla' also for a sampler on TPUs without kernels
   c.model.expert_product = 'auto'  # of the learner: 'xla', 'megablox'; 'auto' for the platform's
   c.model.value_width = 0  # hidden units of the value head of a policy that has one; 0 for a linear one
   c.model.value_gradient = True  # whether the value head's gradient reaches the layers below it

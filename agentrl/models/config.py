@@ -90,7 +90,7 @@ class ModelConfig:
       weights give).
     logit_chunk: Tokens whose logits exist at one time in the learner, on each device; 0 for all at once.
     attention: Of the learner: 'xla', 'cudnn' (GPU), 'splash' (TPU), or 'auto' for the one of the platform; see
-      `agentrl.models.attention`.
+      `agentrl.models.attention`. A sampler on TPUs has kernels of its own unless this is 'xla'.
     expert_product: Of the learner: 'xla', 'megablox' (TPU), or 'auto'; see `agentrl.models.grouped`.
   """
 

@@ -18,7 +18,7 @@ heads, Dh head width, F columns of the buffer of new tokens, L layers.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -226,7 +226,7 @@ def append(buffer: jax.Array, new: jax.Array, columns: jax.Array, axis: int) -> 
 
 def attend(q: jax.Array, keys: jax.Array, values: jax.Array, fresh_keys: jax.Array, fresh_values: jax.Array,
            reading: Reading, positions: jax.Array, first: jax.Array, *, window: int = 0, scale: float = 0.0,
-           sinks: jax.Array | None = None) -> jax.Array:
+           sinks: jax.Array | None = None, own: Callable[[jax.Array], Partial] | None = None) -> jax.Array:
   """Returns the attention of the last tokens of each slot over its blocks and what is new.
 
   Args:
@@ -241,16 +241,22 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, fresh_keys: jax.Arr
     window: Tokens back that a query sees, itself included; 0 for all.
     scale: 0 for Dh^-1/2.
     sinks: [K, H/K], see `layers.attention_weights`.
+    own: From scaled queries [S, K, R, Dh] to attention over the blocks that each slot alone reads; None for plain products.
   Returns:
     [S, W, K, H/K, Dh].
   """
   rows = _rows(q, scale)
-  parts = _own(rows, keys, values, fresh_keys, fresh_values, reading, positions, first, window)
+  if own is None:
+    parts = _own(rows, keys, values, fresh_keys, fresh_values, reading, positions, first, window)
+  else:
+    there = first[:, None] + jnp.arange(fresh_keys.shape[-1])[None]
+    parts = merge(own(rows), _weigh(rows, fresh_keys, fresh_values, _seen(positions, there, window)))
   return _finish(_shared(rows, keys, values, reading, positions, window, parts), q, sinks)
 
 
 def attend_rows(q: jax.Array, keys: jax.Array, values: jax.Array, tables: jax.Array, positions: jax.Array,
-                longest: jax.Array, *, window: int = 0, scale: float = 0.0, sinks: jax.Array | None = None) -> jax.Array:
+                longest: jax.Array, *, window: int = 0, scale: float = 0.0, sinks: jax.Array | None = None,
+                read: Callable[[jax.Array], Partial] | None = None) -> jax.Array:
   """Returns the attention of many tokens of some contexts over these contexts' blocks, themselves included.
 
   Args:
@@ -263,10 +269,13 @@ def attend_rows(q: jax.Array, keys: jax.Array, values: jax.Array, tables: jax.Ar
     window: As for `attend`.
     scale: As for `attend`.
     sinks: As for `attend`.
+    read: From scaled queries [A, K, R, Dh] to attention over all of it; None for plain products.
   Returns:
     [A, T, K, H/K, Dh].
   """
   rows, (a, _, k, _, dh), block = _rows(q, scale), q.shape, keys.shape[-1]
+  if read is not None:
+    return _finish(read(rows), q, sinks)
   stride = max(1, min(STRIDE // block, tables.shape[1]))
   tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % stride)))
 

@@ -14,7 +14,7 @@ heads, Dh head width, V vocabulary.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from agentrl.sampling import cache as caches
 from agentrl.sampling.cache import Cache, Fresh, Reading
 from agentrl.sampling.constrain import MaskTable
 from agentrl.sampling.draw import Drawn, SamplingParams, draw
+from agentrl.sampling.kernels import Kernels, Plan
 
 
 # Logical axes of the residual stream but the last: of a step, and of an extension, whose few rows every device has.
@@ -72,7 +73,7 @@ def view_axes(config: ModelConfig) -> Params:
 
 
 def extend(params: Params, cache: Cache, tokens: jax.Array, starts: jax.Array, counts: jax.Array, tables: jax.Array,
-           *, config: ModelConfig) -> Cache:
+           *, config: ModelConfig, kernels: Kernels | None = None) -> Cache:
   """Returns the cache with tokens[r, :counts[r]] at the positions from starts[r] on of the context tables[r].
 
   A prefill is an extension from 0.
@@ -85,10 +86,12 @@ def extend(params: Params, cache: Cache, tokens: jax.Array, starts: jax.Array, c
     counts: [A] int32, at most T; 0 for a row to be skipped.
     tables: [A, B] int32. Blocks of each context, in order; those written belong to no other.
     config: Static.
+    kernels: Static. Attend, see `kernels.choose`; None for plain products.
   """
   offsets = jnp.arange(tokens.shape[1])[None]
   positions = starts[:, None] + offsets
-  longest = jnp.max(starts + counts)
+  lengths = starts + counts
+  longest = jnp.max(lengths)
   turns = layers.sights(config, positions, positions[..., None], positions[..., None] >= 0)
 
   x = transformer.embed(params, config, tokens, EXTENSION)
@@ -97,15 +100,18 @@ def extend(params: Params, cache: Cache, tokens: jax.Array, starts: jax.Array, c
     q, k, v = layers.project_qkv(layer, x, turns[kind].cos, turns[kind].sin, config, EXTENSION)
     keys.append(caches.write_rows(cache.keys[i], k, tables, starts, counts, axis=3))
     values.append(caches.write_rows(cache.values[i], v, tables, starts, counts, axis=2))
-    attended = caches.attend_rows(q, keys[-1], values[-1], tables, positions, longest, window=config.kinds[kind],
-                                  scale=config.query_scale, sinks=layer.get('sinks'))
+    window = config.kinds[kind]
+    read = kernels and kernels.rows(keys[-1], values[-1], tables, positions, lengths, window)
+    attended = caches.attend_rows(q, keys[-1], values[-1], tables, positions, longest, window=window,
+                                  scale=config.query_scale, sinks=layer.get('sinks'), read=read)
     x = layers.add_attention(layer, x, attended, config, EXTENSION)
     x = layers.add_mlp(layer, x, config, EXTENSION)
   return Cache(tuple(keys), tuple(values))
 
 
 def next_logits(params: Params, cache: Cache, fresh: Fresh, reading: Reading, tokens: jax.Array, lengths: jax.Array,
-                first: jax.Array, config: ModelConfig) -> tuple[Fresh, jax.Array]:
+                first: jax.Array, config: ModelConfig, kernels: Kernels | None = None,
+                plans: Mapping[int, Plan] | None = None) -> tuple[Fresh, jax.Array]:
   """Returns (what is new with the keys and values of `tokens`, [S, W, V] float32 logits of what follows each of them).
 
   Args:
@@ -117,6 +123,8 @@ def next_logits(params: Params, cache: Cache, fresh: Fresh, reading: Reading, to
     lengths: [S] int32. Tokens before them; lengths - first may differ between slots that are read only if W > 1.
     first: [S] int32. Of these, those in blocks; the others are in `fresh`.
     config: Static.
+    kernels: Static. Attend, see `kernels.choose`; None for plain products.
+    plans: What `kernels.plan` gives.
   """
   width = tokens.shape[1]
   positions = lengths[:, None] + jnp.arange(width)[None]
@@ -127,8 +135,10 @@ def next_logits(params: Params, cache: Cache, fresh: Fresh, reading: Reading, to
     q, k, v = layers.project_qkv(layer, x, turns[kind].cos, turns[kind].sin, config, STEP)
     keys.append(caches.append(fresh.keys[i], k.transpose(0, 2, 3, 1), lengths - first, axis=3))
     values.append(caches.append(fresh.values[i], v.transpose(0, 2, 1, 3), lengths - first, axis=2))
+    window = config.kinds[kind]
+    own = kernels and kernels.slots(cache.keys[i], cache.values[i], plans, positions, first, window)
     attended = caches.attend(q, cache.keys[i], cache.values[i], keys[-1], values[-1], reading, positions, first,
-                             window=config.kinds[kind], scale=config.query_scale, sinks=layer.get('sinks'))
+                             window=window, scale=config.query_scale, sinks=layer.get('sinks'), own=own)
     x = layers.add_attention(layer, x, attended, config, STEP)
     x = layers.add_mlp(layer, x, config, STEP)
   hidden = layers.norm(x, params['final_norm'], config)
@@ -137,7 +147,8 @@ def next_logits(params: Params, cache: Cache, fresh: Fresh, reading: Reading, to
 
 def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, lengths: jax.Array, budgets: jax.Array,
            seeds: jax.Array, stops: jax.Array, floor: jax.Array, *, steps: int, config: ModelConfig,
-           sampling: SamplingParams = SamplingParams(), masks: MaskTable | None = None) -> tuple[Cache, Decoded]:
+           sampling: SamplingParams = SamplingParams(), masks: MaskTable | None = None,
+           kernels: Kernels | None = None) -> tuple[Cache, Decoded]:
   """Draws up to `steps` tokens in every active slot.
 
   Ends early once no more than `floor` slots are active. The draw at position p of a slot depends on its context, its
@@ -157,6 +168,7 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
     config: Static.
     sampling: Static.
     masks: Static. Asked at each step which tokens may be drawn; None for all.
+    kernels: Static. Attend, see `kernels.choose`; None for plain products.
   Returns:
     The cache, now holding all but the last drawn token of each slot, and what was drawn.
   """
@@ -169,7 +181,7 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
 
   def body(carry):
     step, fresh, pending, lengths, out, stopped, active = carry
-    fresh, scores = next_logits(params, cache, fresh, reading, pending[:, None], lengths, first, config)
+    fresh, scores = next_logits(params, cache, fresh, reading, pending[:, None], lengths, first, config, kernels, plans)
     allowed = masks.allowed(lengths - first, out.tokens)[:, 0] if masks else None
     drawn = draw(scores[:, 0], jax.vmap(jax.random.fold_in)(keys, lengths), sampling, allowed)
     # Column `step` of an idle slot is never read: its count says so.
@@ -182,6 +194,7 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
     return step + 1, fresh, pending, lengths, out, stopped, active
 
   first = lengths
+  plans = kernels and kernels.plan(reading, first, config.kinds, config.num_heads // config.num_kv_heads, cache)
   out = Drawn(jnp.zeros((slots, steps), jnp.int32), jnp.zeros((slots, steps)), jnp.zeros((slots, steps)))
   fresh = caches.init_fresh(cache, slots, steps)
   carry = (jnp.int32(0), fresh, pending, lengths, out, jnp.zeros(slots, bool), budgets > 0)

@@ -15,6 +15,7 @@ from agentrl.models.config import ModelConfig
 from agentrl.models.params import Params
 from agentrl.sampling import cache as caches
 from agentrl.sampling import functions
+from agentrl.sampling import kernels as kernel_choice
 from agentrl.sampling import speculation as speculations
 from agentrl.sampling.constrain import Cursor, MaskTable
 from agentrl.sampling.contexts import Contexts, Copy, Parked, Write
@@ -97,14 +98,16 @@ def cache_sharding(config: ModelConfig, blocks: int, mesh: Mesh) -> NamedShardin
   return NamedSharding(mesh, meshes.spec_of(('slots', 'kv_heads'), (blocks, config.num_kv_heads), mesh))
 
 
-def jit_extend(config: ModelConfig, where: NamedSharding | None) -> Callable[..., Any]:
-  """Returns `functions.extend`, jitted for a cache that lives `where` and takes its memory over."""
-  return jax.jit(_on_mesh(functools.partial(functions.extend, config=config), where), donate_argnums=1,
-                 out_shardings=where)
+def jit_extend(config: ModelConfig, block: int, where: NamedSharding | None) -> Callable[..., Any]:
+  """Returns `functions.extend`, jitted for a cache of blocks of `block` tokens that lives `where`, to be donated."""
+  extend = functools.partial(functions.extend, config=config, kernels=kernel_choice.choose(config, block, where))
+  return jax.jit(_on_mesh(extend, where), donate_argnums=1, out_shardings=where)
 
 
-def jit_decode(decode: Callable[..., Any], where: NamedSharding | None) -> Callable[..., Any]:
-  """Returns `functions.decode`, or what has its signature, with its static arguments bound; see `jit_extend`."""
+def jit_decode(decode: Callable[..., Any], config: ModelConfig, block: int,
+               where: NamedSharding | None) -> Callable[..., Any]:
+  """Returns `functions.decode`, or what has its signature, with its other static arguments bound; see `jit_extend`."""
+  decode = functools.partial(decode, config=config, kernels=kernel_choice.choose(config, block, where))
   return jax.jit(_on_mesh(decode, where), donate_argnums=1, out_shardings=(where, None))
 
 
@@ -189,16 +192,16 @@ class Sampler:
     self._where = where
     if self.masks and where is not None:
       self.masks.everywhere = NamedSharding(where.mesh, PartitionSpec())
-    self._extend = jit_extend(self.config, where)
+    self._extend = jit_extend(self.config, self.block, where)
     self._copy = jit(caches.copy, donate_argnums=0)
     self._put = jit(caches.put, donate_argnums=0)
     self._take = jax.jit(caches.take)
     self._resize = jit(caches.resize, static_argnums=1)
-    settings = dict(config=self.config, steps=self.chunk, sampling=self.sampling, masks=self.masks)
+    settings = dict(steps=self.chunk, sampling=self.sampling, masks=self.masks)
     decode = functools.partial(functions.decode, **settings)
     if self.speculation:
       decode = functools.partial(speculations.decode, **settings, speculation=self.speculation)
-    self._decode = jit_decode(decode, where)
+    self._decode = jit_decode(decode, self.config, self.block, where)
 
   def set_params(self, params: Params, policy: str = ''):
     """Takes new weights, learner's view. What the cache holds is of the old ones from here on.

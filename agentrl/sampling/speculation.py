@@ -22,6 +22,7 @@ from agentrl.sampling.cache import Cache, Reading
 from agentrl.sampling.constrain import MaskTable
 from agentrl.sampling.draw import Drawn, SamplingParams, draw
 from agentrl.sampling.functions import Decoded, next_logits
+from agentrl.sampling.kernels import Kernels
 
 NOTHING = -1  # a proposal that no draw equals
 
@@ -73,7 +74,7 @@ def propose(history: jax.Array, lengths: jax.Array, speculation: Speculation) ->
 def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, lengths: jax.Array, budgets: jax.Array,
            seeds: jax.Array, stops: jax.Array, floor: jax.Array, history: jax.Array, *, steps: int, config: ModelConfig,
            speculation: Speculation, sampling: SamplingParams = SamplingParams(),
-           masks: MaskTable | None = None) -> tuple[Cache, Decoded]:
+           masks: MaskTable | None = None, kernels: Kernels | None = None) -> tuple[Cache, Decoded]:
   """Draws what `functions.decode` would, up to `steps` x W tokens in every active slot.
 
   Args:
@@ -92,6 +93,7 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
     speculation: Static.
     sampling: Static.
     masks: Static.
+    kernels: Static.
   Returns:
     The cache and what was drawn; its arrays are [S, steps x W].
   """
@@ -101,6 +103,7 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
   ahead, rows = jnp.arange(width)[None], jnp.arange(slots)[:, None]
   rows_of = lambda x: None if x is None else x.reshape(slots * width, -1)
   first = lengths
+  plans = kernels and kernels.plan(reading, first, config.kinds, width * config.num_heads // config.num_kv_heads, cache)
 
   def running(carry):
     step, _, _, _, _, _, active = carry
@@ -111,7 +114,7 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
     proposals = propose(history, lengths, speculation)
     last = jnp.take_along_axis(history, lengths[:, None], axis=1)
     tokens = jnp.concatenate([last, jnp.maximum(proposals, 0)], axis=1)
-    fresh, scores = next_logits(params, cache, fresh, reading, tokens, lengths, first, config)
+    fresh, scores = next_logits(params, cache, fresh, reading, tokens, lengths, first, config, kernels, plans)
     allowed = masks.allowed(lengths - first, out.tokens, proposals) if masks else None
     drawn = draw(rows_of(scores), fold(keys, lengths[:, None] + ahead).reshape(-1), sampling, rows_of(allowed))
     drawn = jax.tree.map(lambda x: x.reshape(slots, width), drawn)

@@ -90,7 +90,8 @@ def compiled(case: Case, program: str, layers: int = 0, keep: str = '') -> dict[
       kept.write_bytes(gzip.compress(json.dumps(made).encode()))
   text = made.pop('hlo')
   made['checks'] = programs.checks(case, program, text)
-  cost = hlo.analyse(text, loops=programs.loops(case, program), kernel_flops=programs.KERNEL_FLOPS)
+  cost = hlo.analyse(text, loops=programs.loops(case, program), kernel_flops=programs.kernel_flops(case),
+                     kernel_bytes=programs.kernel_bytes(case))
   made['bytes']['beside'] = programs.bytes_beside(case, program)
   return {'case': case.name, 'program': program, 'layers': layers, **made, 'flops': cost.flops,
           'hbm_bytes': cost.hbm_bytes, 'collective_bytes': cost.collective_bytes, 'kernels': cost.kernels}

@@ -113,7 +113,9 @@ def _meaning() -> list[str]:
       '- TFLOP, GB of HBM and GB sent: of one chip in one call, from the optimised HLO, loops counted as often as they '
       "run (XLA's own cost analysis counts a loop's body once and knows nothing of Pallas kernels). Computing again in "
       'the backward pass counts.',
-      '- GB of HBM is an estimate: what each fusion reads and writes that does not lie in on-chip memory.',
+      '- GB of HBM is an estimate: what each fusion reads and writes that does not lie in on-chip memory. Kernels count with '
+      "operands and results, each once; but extend's attention with the blocks that contexts have, once for each tile of "
+      'queries, taken to lie evenly on the chips that split them.',
       '- GB sent: as a ring does it. A ring uses one dimension of the torus, both ways round: half of the stated '
       'bidirectional bandwidth, divided by the dimensions.',
       '- A step takes at least the longest of the three times, if they overlap wholly; the sum, if not at all.',

@@ -60,7 +60,7 @@ class Cost:
   kernels: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
 
 
-KernelFlops = Callable[[Instruction, Mapping[str, str]], float]
+KernelCost = Callable[[Instruction, Mapping[str, str]], float]
 
 
 def shapes_of(text: str) -> list[tuple[str, tuple[int, ...], str]]:
@@ -130,7 +130,8 @@ def _constant(i: Instruction | None) -> int | None:
   return int(i.inside) if i and i.op == 'constant' and i.inside.lstrip('-').isdigit() else None
 
 
-def analyse(text: str, *, loops: Sequence[int] = (1,), kernel_flops: Mapping[str, KernelFlops] | None = None) -> Cost:
+def analyse(text: str, *, loops: Sequence[int] = (1,), kernel_flops: Mapping[str, KernelCost] | None = None,
+            kernel_bytes: Mapping[str, KernelCost] | None = None) -> Cost:
   """Returns what one chip does.
 
   Args:
@@ -139,11 +140,13 @@ def analyse(text: str, *, loops: Sequence[int] = (1,), kernel_flops: Mapping[str
       those within it, and so on.
     kernel_flops: Floating-point operations of one run of a custom kernel, by how its name begins: a function of its
       instruction and of the types of its operands by name.
+    kernel_bytes: Bytes of main memory that it reads and writes, likewise; of one that is not here its operands and results,
+      each once.
   Raises:
     ValueError: if a custom kernel is of a name that `kernel_flops` does not have.
   """
   computations, entry = parse(text)
-  walk = _Walk(computations, loops, kernel_flops or {}, Cost())
+  walk = _Walk(computations, loops, kernel_flops or {}, kernel_bytes or {}, Cost())
   walk.visit(entry, 1.0, True, 0)
   return dataclasses.replace(walk.cost, collective_bytes=dict(walk.cost.collective_bytes), kernels=dict(walk.cost.kernels))
 
@@ -151,9 +154,10 @@ def analyse(text: str, *, loops: Sequence[int] = (1,), kernel_flops: Mapping[str
 class _Walk:
   """Adds up what the instructions of computations do, each as often as it runs."""
 
-  def __init__(self, computations: dict[str, list[Instruction]], loops: Sequence[int], kernel_flops: Mapping[str, KernelFlops],
-               cost: Cost):
-    self._computations, self._loops, self._kernel_flops, self.cost = computations, loops, kernel_flops, cost
+  def __init__(self, computations: dict[str, list[Instruction]], loops: Sequence[int], kernel_flops: Mapping[str, KernelCost],
+               kernel_bytes: Mapping[str, KernelCost], cost: Cost):
+    self._computations, self._loops, self.cost = computations, loops, cost
+    self._kernel_flops, self._kernel_bytes = kernel_flops, kernel_bytes
     self._chains: set[str] = set()
 
   def visit(self, name: str, times: float, moves: bool, depth: int):
@@ -208,6 +212,10 @@ class _Walk:
 
   def _moved(self, i: Instruction, types: Mapping[str, str]) -> float:
     """Returns the bytes of main memory that an instruction reads and writes; of slices, what is cut out or put in."""
+    if i.op == 'custom-call' and 'tpu_custom_call' in i.rest:
+      known = next((k for k in self._kernel_bytes if i.name.lstrip('%').startswith(k)), None)
+      if known is not None:
+        return self._kernel_bytes[known](i, types)
     if i.op in _SLICES:
       return 2 * num_bytes(i.type, True)
     if i.op in ('slice-start', 'copy-start'):

@@ -25,6 +25,7 @@ from agentrl.models.config import ModelConfig  # noqa: E402
 from agentrl.models.params import init_params, num_params, param_axes  # noqa: E402
 from agentrl.sampling import cache as caches  # noqa: E402
 from agentrl.sampling import functions  # noqa: E402
+from agentrl.sampling import kernels  # noqa: E402
 from agentrl.sampling import sampler as samplers  # noqa: E402
 from agentrl.sampling.contexts import Contexts  # noqa: E402
 from agentrl.sharding import mesh as meshes  # noqa: E402
@@ -105,7 +106,7 @@ def _sampler(case: Case) -> tuple[Any, Any, jax.NamedSharding, Contexts]:
 def decode(case: Case) -> jax.stages.Lowered:
   """Returns a chunk of decoding with every slot's context at its longest."""
   params, cache, where, books = _sampler(case)
-  function = samplers.jit_decode(functools.partial(functions.decode, config=case.model, steps=case.chunk), where)
+  function = samplers.jit_decode(functools.partial(functions.decode, steps=case.chunk), case.model, case.block, where)
   reading = jax.tree.map(lambda x: _array(*np.shape(x), dtype=x.dtype), books.reading([]))
   slots = _array(case.slots)
   return function.lower(params, cache, reading, slots, slots, slots, _array(case.slots, 2, dtype=jnp.uint32),
@@ -116,7 +117,7 @@ def extend(case: Case) -> jax.stages.Lowered:
   """Returns the writing of known tokens at the end of some contexts, as of tools' observations."""
   params, cache, where, books = _sampler(case)
   rows = _array(case.extend_rows)
-  return samplers.jit_extend(case.model, where).lower(
+  return samplers.jit_extend(case.model, case.block, where).lower(
       params, cache, _array(case.extend_rows, case.extend_tokens), rows, rows, _array(case.extend_rows, books.row))
 
 
@@ -159,7 +160,7 @@ def loops(case: Case, program: str) -> tuple[int, ...]:
   """Returns how often loops run whose end the compiler does not know, by how deep they are, for `hlo.analyse`.
 
   Of an update, that over micro-batches. Of decode, that over tokens, and within it that over blocks which slots share:
-  here none do. Of extend, that over a context's blocks.
+  here none do. Of extend without kernels, that over a context's blocks.
   """
   return {'update': (case.micro_batches,), 'decode': (case.chunk, 0),
           'extend': (-(-case.context // caches.STRIDE),)}[program]
@@ -193,7 +194,68 @@ def _grouped(i, types):
   return 2.0 * rows * inner[-1] * out[-1] if len(out) == 2 else 2.0 * rows * out[-1] * out[-2]
 
 
-KERNEL_FLOPS = {'splash_mha_fwd': _causal_products(2), 'splash_mha_dq': _causal_products(3),
-                'splash_mha_dkv': _causal_products(4), 'gmm': _grouped, 'tgmm': _grouped}
+def kernel_flops(case: Case) -> dict[str, hlo.KernelCost]:
+  """Returns the floating-point operations of the kernels in a case's programs, for `hlo.analyse`."""
+  def rows(i, types):
+    of = _Extension.of(case, i, types)
+    return 4.0 * of.heads * of.tile * of.width * of.contexts * sum(-(-n // of.fetch) * of.fetch for n in of.tokens)
+
+  def slots(i, types):
+    keys = _operands(i, types)[-2]
+    return 4.0 * case.model.num_heads // case.model.num_kv_heads * math.prod(keys)
+
+  return {'splash_mha_fwd': _causal_products(2), 'splash_mha_dq': _causal_products(3), 'splash_mha_dkv': _causal_products(4),
+          'gmm': _grouped, 'tgmm': _grouped, 'attend_rows': rows, 'attend_slots': slots}
+
+
+def kernel_bytes(case: Case) -> dict[str, hlo.KernelCost]:
+  """Returns the bytes that kernels move whose operands are not read once each, for `hlo.analyse`.
+
+  `attend_slots` reads its blocks once: here they are the whole cache. `attend_rows` reads of the cache what contexts have,
+  and once more for each tile of queries.
+  """
+  def rows(i, types):
+    of = _Extension.of(case, i, types)
+    queries = hlo.num_bytes(types[i.operands[-3]], True) + hlo.num_bytes(i.type, True)
+    return queries + 2.0 * 2 * of.contexts * of.heads * of.width * sum(of.tokens)
+
+  return {'attend_rows': rows}
+
+
+def _operands(i, types) -> list[tuple[int, ...]]:
+  return [hlo.shapes_of(types[o])[0][1] for o in i.operands]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Extension:
+  """What a run of `attend_rows` does on a chip, at the end of contexts at their longest whose blocks lie on chips evenly.
+
+  Attributes:
+    contexts: A.
+    heads: K.
+    width: Dh.
+    tile: Rows of a tile.
+    fetch: Tokens that it computes on at a time.
+    tokens: Of a context that each of its tiles reads.
+  """
+
+  contexts: int
+  heads: int
+  width: int
+  tile: int
+  fetch: int
+  tokens: tuple[int, ...]
+
+  @classmethod
+  def of(cls, case: Case, i: hlo.Instruction, types: Any) -> _Extension:
+    """Returns it for an instruction and the types of its operands."""
+    *_, lows, _, _, _, (contexts, heads, rows, width), (blocks, *_, block), _ = _operands(i, types)
+    tiles = lows[0] // contexts
+    ways = case.slots * (case.context // case.block) // blocks
+    reach = lambda tile: case.context - case.extend_tokens + (tile + 1) * case.extend_tokens // tiles
+    tokens = tuple(-(-reach(tile) // block) * block // ways for tile in range(tiles))
+    return cls(contexts, heads, width, rows // tiles, max(kernels.ROWS_KEYS, block), tokens)
+
+
 PROGRAMS: dict[str, Callable[[Case], jax.stages.Lowered]] = {
     'update': update, 'decode': decode, 'extend': extend}

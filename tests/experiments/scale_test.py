@@ -175,6 +175,10 @@ ENTRY %main (a: f32[8,16]) -> f32[8,16] {
 """
   cost = hlo.analyse(text, kernel_flops={'gmm': lambda i, types: float(hlo.num_bytes(types[i.operands[0]]))})
   assert cost.flops == 8 * 16 * 4 and cost.kernels == {'gmm': 1}
+  # What is not said to be otherwise reads its operands and writes its results once.
+  assert cost.hbm_bytes == 2 * 8 * 16 * 4
+  nothing = lambda *_: 0.0
+  assert hlo.analyse(text, kernel_flops={'gmm': nothing}, kernel_bytes={'gmm': lambda *_: 7.0}).hbm_bytes == 7
   with pytest.raises(ValueError, match="'gmm.3'; known: splash"):
     hlo.analyse(text, kernel_flops={'splash': lambda *_: 0.0})
 
@@ -211,6 +215,8 @@ def test_small_programs_compile_for_a_tpu_that_is_not_there():
   parameters = 2 * 256 * (8 * 128 + 4 * 128 + 3 * 512) + 256 * 1_024
   attention = 11 * 2 * 2 * 128 * 3 * 512**2 * 2 * 2
   assert found['update']['flops'] == pytest.approx(2 * 1_024 * (4 * parameters - last) + attention, rel=0.02)
+  # Of the last layer extend wants keys and values only.
+  assert found['extend']['kernels'] == {'attend_rows': 1} and found['decode']['kernels'] == {'attend_slots': 4 * 2}
   # 4 steps: half of the parameters for 2 slots a chip, and its 16 blocks of 128 tokens, scores and sums for 2 heads each.
   products, attended = 2 * 2 * parameters // 2, 2 * 2 * 2 * 16 * 2 * 128 * 128
   assert found['decode']['flops'] == pytest.approx(4 * (products + attended), rel=0.05)
