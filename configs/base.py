@@ -94,7 +94,7 @@ def get_config() -> ConfigDict:
   c.rollout.block = 0  # tokens of a block of the cache, which contexts share; 0 for about 64, on TPUs 128
   c.rollout.token_buckets = ()  # tokens of a row that one extension writes; () for 16 and 64
   c.rollout.priorities = ('begun',)  # who gets a free slot first, see agentrl/rollout/priorities.py; then who asked first
-  c.rollout.patience = None  # seconds a session may wait in its slot while others want one; None until that costs what leaving does
+  c.rollout.patience = None  # seconds a session may wait in its slot while others want one; None by what waiting and leaving cost
   c.rollout.parked_megabytes = 256  # host memory for the cache of sessions that lost their slots; the rest is computed again
   # By any name: workdir of a run with the same policy and tokenizer, whose last weights draw the words of sessions that
   # agent programs open under this name; see Session.open. They are not trained.

@@ -64,7 +64,7 @@ class Engine:
       seed: Of all draws.
       grammar: What turns may be, unless a program gives its session another; None to draw freely.
       priorities: Names of rules, see `agentrl.rollout.priorities`: who of those that want a slot gets one first.
-      patience: Seconds that a session may wait in its slot while others want one; None until that costs what leaving does.
+      patience: Seconds that a session may wait in its slot while others want one; None by what waiting and leaving cost.
       parked_bytes: Host memory for the cache of sessions that had to leave their slots.
     Raises:
       ValueError: if the sampler has no room for the limits' context, or was not made for a grammar.
@@ -83,6 +83,7 @@ class Engine:
     self._patience = patience
     self._chunk_seconds = 0.0  # running mean
     self._quick = 1.0  # share of waits shorter than a chunk, running mean
+    self._wait_seconds = 0.0  # of a session between two turns, running mean
     self._tasks: set[asyncio.Task] = set()
     self._adopted: list[tuple[Session, asyncio.Task]] = []
     self._stop_cache: dict[tuple[str, ...], tuple[tuple[int, ...], tuple[str, ...]]] = {}
@@ -331,6 +332,7 @@ class Engine:
     waited = session.asked_at - session.waiting_since
     self.stats.tool_seconds += waited
     self._quick += 0.05 * ((waited < self._linger_seconds) - self._quick)
+    self._wait_seconds += 0.05 * (waited - self._wait_seconds)
     self._wake.set()
 
   def withdraw(self, session: Session):
@@ -367,15 +369,17 @@ class Engine:
 
   @property
   def _patience_seconds(self) -> float:
-    """How long a session may wait in a slot that others want: until that has cost what it takes it to leave and come back.
+    """How long a session may wait in a slot that others want.
 
-    While it waits one slot draws nothing; while it leaves, none. Who waits so long at most loses at most twice what the
-    one who knows would. What there is no host memory for has to be computed again, which takes about a chunk.
+    While it waits one slot draws nothing; while it leaves for host memory, and comes back, none. So it leaves at once
+    where waits usually cost more than that, and else when this one has. What there is no host memory for has to be
+    computed again, which takes about a chunk.
     """
     if self._patience is not None:
       return self._patience
     swap = self._slots.swap_seconds
-    return (self._linger_seconds if swap is None else swap) * max(1, len(self._slots.ready))
+    worth = (self._linger_seconds if swap is None else swap) * max(1, len(self._slots.ready))
+    return worth if self._wait_seconds < worth else 0.0
 
   @property
   def _linger_seconds(self) -> float:

@@ -155,6 +155,15 @@ def test_what_a_waiting_session_does_while_the_device_finds_no_room(tiny, what):
   assert [t.status for t in got] == [Status.FINISHED] * 2, [t.detail for t in got]
 
 
+def test_a_slot_is_kept_while_that_costs_less_than_leaving(tiny):
+  with engine_of(tiny, tiny.sampler(4)) as engine:
+    engine._slots.park_seconds = 0.004  # as long again to come back
+    for ready, usual, patience in ((1, 0.002, 0.008), (1, 0.02, 0.0), (4, 0.02, 0.032), (4, 0.05, 0.0)):
+      engine._slots.ready, engine._wait_seconds = [None] * ready, usual
+      assert engine._patience_seconds == pytest.approx(patience)
+    engine._slots.ready = []
+
+
 def test_one_context_fills_the_whole_cache_whatever_was_there_before(tiny):
   """Of 6 blocks all are wanted, while the block that the context began like is still to be copied."""
   sampler = tiny.sampler(3, capacities=(32,))
