@@ -253,16 +253,12 @@ class Sampler:
     self.cache = caches.init(self.config, self.contexts.size, self.block)
     if self._where is not None:
       self.cache = jax.device_put(self.cache, self._where)
+    self.block_bytes = sum(x.nbytes for x in jax.tree.leaves(self.cache)) // self.cache.blocks  # in all layers
 
   def outdate(self):
     """Has no context that is opened from here on share what is in the cache; those that are there go on."""
     self.flush()
     self.contexts.outdate()
-
-  @property
-  def block_bytes(self) -> int:
-    """Bytes of a block, in all layers."""
-    return sum(x.nbytes for x in jax.tree.leaves(self.cache)) // self.cache.blocks
 
   # ---- contexts ---------------------------------------------------------------------------------
 
