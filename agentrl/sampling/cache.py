@@ -3,16 +3,18 @@
 A context is a list of blocks, which the host keeps. Several contexts may hold the same block, so what they have in
 common is stored once, and memory follows the tokens that are there.
 
-A step reads every block where it lies. It is the queries that are gathered: each block gets those of the one slot that
-reads it, and what the blocks say of a slot is added up. Gathering keys and values into one buffer a slot would read and
-write all of them once more. Blocks that many slots read, such as those of a system prompt, meet all slots' queries in
-one matrix product.
+Within a call of `decode` the cache is only read. New keys and values go to a buffer, and `store` moves them to their
+blocks at the end. What stands in blocks is read in one of two ways:
 
-Within a call of `decode` the cache is only read: new keys and values go to a small buffer that all slots write at
-the same column, and `store` moves them to their blocks at the end.
+    in place   each block meets the queries of the one slot that reads it, and what the blocks say of a slot is added up;
+               the buffer has what is new, and nothing is held twice. On accelerators.
+    gathered   the buffer begins with all that slots alone read, side by side. That costs a copy a call, of which a step
+               then reads no more than is there, in fewer and larger products. On CPUs.
+
+Either way blocks that many slots read, such as those of a system prompt, are read in place, in one product for all.
 
 Axes: N blocks, P tokens of a block, S slots, W tokens of a step, R queries of a key/value head (W x H/K), K key/value
-heads, Dh head width, F columns of the buffer of new tokens, L layers.
+heads, Dh head width, G rows and F columns of the buffer, L layers.
 """
 
 from __future__ import annotations
@@ -57,10 +59,42 @@ class Cache(NamedTuple):
 
 
 class Fresh(NamedTuple):
-  """Keys, L of [S, K, Dh, F], and values, L of [S, K, F, Dh], of the tokens that a call of `decode` has come to."""
+  """The buffer of a call of `decode`: keys, L of [G, K, Dh, F], and values, L of [G, K, F, Dh].
+
+  A row is a slot's, and begins with its first new token, unless `Rows` says otherwise.
+  """
 
   keys: tuple[jax.Array, ...]
   values: tuple[jax.Array, ...]
+
+
+class Rows(NamedTuple):
+  """How the buffer is laid out if it begins with what slots alone read.
+
+  Attributes:
+    blocks: [G, F/P] int32. What each row begins with; what lies behind its slot's last token is never seen.
+    owners: [G] int32. Slot of each row; S for none. None where no slot has more than the row of its own number.
+    starts: [G] int32. Position of column 0.
+    firsts: [S] int32. The row that each slot's tokens begin in; they go on in those behind. G for none.
+  """
+
+  blocks: jax.Array
+  owners: jax.Array | None
+  starts: jax.Array
+  firsts: jax.Array
+
+  def places(self, positions: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the row and the column of slots' positions [S, T]; row G for those that there is no room for."""
+    rows, = self.starts.shape
+    slots = jnp.arange(positions.shape[0])[:, None]
+    first = self.firsts[:, None]
+    offsets = positions - self.starts[jnp.minimum(first, rows - 1)]
+    row = first + offsets // columns
+    if self.owners is None:
+      there = offsets < columns
+    else:
+      there = self.owners[jnp.minimum(row, rows - 1)] == slots
+    return jnp.where((first < rows) & there, row, rows), offsets % columns
 
 
 class Reading(NamedTuple):
@@ -75,6 +109,7 @@ class Reading(NamedTuple):
     shared_count: int32 scalar.
     sharers: [S, M] bool.
     targets: [S, J] int32. Blocks for what is new, from that of the first new position on; 0 where there is none.
+    rows: What takes the place of the first three where it is gathered; None in place.
   """
 
   owners: jax.Array
@@ -85,6 +120,7 @@ class Reading(NamedTuple):
   shared_count: jax.Array
   sharers: jax.Array
   targets: jax.Array
+  rows: Rows | None = None
 
 
 class Partial(NamedTuple):
@@ -104,9 +140,14 @@ def init(config: ModelConfig, blocks: int, block: int) -> Cache:
   return Cache(zeros(config.head_dim, block), zeros(block, config.head_dim))
 
 
-def init_fresh(cache: Cache, slots: int, columns: int) -> Fresh:
-  """Returns an empty buffer for `columns` tokens of each slot."""
-  _, k, dh, _ = cache.keys[0].shape
+def init_fresh(cache: Cache, slots: int, columns: int, rows: Rows | None = None) -> Fresh:
+  """Returns a buffer with what `rows` says; without, an empty one for `columns` tokens of each slot."""
+  _, k, dh, p = cache.keys[0].shape
+  if rows is not None:
+    g, b = rows.blocks.shape
+    of = lambda x: x[rows.blocks].astype(jnp.float32)  # what CPUs can multiply, whatever the shapes
+    keys = tuple(of(x).transpose(0, 2, 3, 1, 4).reshape(g, k, dh, b * p) for x in cache.keys)
+    return Fresh(keys, tuple(of(x).transpose(0, 2, 1, 3, 4).reshape(g, k, b * p, dh) for x in cache.values))
   keys = tuple(jnp.zeros((slots, k, dh, columns), x.dtype) for x in cache.keys)
   return Fresh(keys, tuple(jnp.zeros((slots, k, columns, dh), x.dtype) for x in cache.values))
 
@@ -142,21 +183,41 @@ def put(cache: Cache, blocks: jax.Array, keys: jax.Array, values: jax.Array) -> 
                tuple(x.at[blocks].set(new, mode='drop') for x, new in zip(cache.values, values)))
 
 
-def store(cache: Cache, fresh: Fresh, targets: jax.Array, first: jax.Array, counts: jax.Array) -> Cache:
-  """Returns the cache with fresh[s, :counts[s]] at the positions from first[s] on.
+def gather(cache: Cache, rows: Rows, shared: jax.Array) -> tuple[Cache, Fresh]:
+  """Returns all that a call reads: shared blocks as a cache of their own, and what slots alone read, laid out by `rows`.
+
+  The call is then the same however large the cache is.
+
+  Args:
+    cache: Only read.
+    rows: What to gather.
+    shared: [M] int32. See `Reading`, in which they are then blocks 0 to M - 1.
+  """
+  return jax.tree.map(lambda x: x[shared].astype(jnp.float32), cache), init_fresh(cache, 0, 0, rows)
+
+
+def store(cache: Cache, fresh: Fresh, reading: Reading, first: jax.Array, counts: jax.Array, columns: int) -> Cache:
+  """Returns the cache with what is new in `fresh` at the positions from first[s] to first[s] + counts[s].
 
   Args:
     cache: Donate it.
-    fresh: What is new.
-    targets: [S, J] int32, see `Reading`.
+    fresh: After the last step.
+    reading: As it was made for.
     first: [S] int32.
     counts: [S] int32.
+    columns: Static. Most new tokens of a slot.
   """
   starts = first % cache.block
-  keys = tuple(write_rows(x, k.transpose(0, 3, 1, 2), targets, starts, counts, axis=3)
-               for x, k in zip(cache.keys, fresh.keys))
-  return Cache(keys, tuple(write_rows(x, v.transpose(0, 2, 1, 3), targets, starts, counts, axis=2)
-                           for x, v in zip(cache.values, fresh.values)))
+  if reading.rows is None:
+    new_keys, new_values = (x.transpose(0, 3, 1, 2) for x in fresh.keys), (x.transpose(0, 2, 1, 3) for x in fresh.values)
+  else:
+    positions = first[:, None] + jnp.arange(columns)[None]
+    row, column = reading.rows.places(positions, fresh.keys[0].shape[-1])
+    new_keys = (x.at[row, :, :, column].get(mode='clip') for x in fresh.keys)
+    new_values = (x.at[row, :, column].get(mode='clip') for x in fresh.values)
+  keys = tuple(write_rows(x, new, reading.targets, starts, counts, axis=3) for x, new in zip(cache.keys, new_keys))
+  return Cache(keys, tuple(write_rows(x, new, reading.targets, starts, counts, axis=2)
+                           for x, new in zip(cache.values, new_values)))
 
 
 def write_rows(buffer: jax.Array, new: jax.Array, tables: jax.Array, starts: jax.Array, counts: jax.Array,
@@ -208,16 +269,26 @@ def write_blocks(buffer, new, tables, starts, counts, *, axis):
   return buffer.at[ids].set(jnp.where(is_new, spread, old), mode='drop')
 
 
-def append(buffer: jax.Array, new: jax.Array, columns: jax.Array, axis: int) -> jax.Array:
-  """Returns a buffer of `Fresh` with new [S, ..., W, ...] at each slot's next column along `axis`.
+def append(buffer: jax.Array, new: jax.Array, positions: jax.Array, first: jax.Array, rows: Rows | None,
+           axis: int) -> jax.Array:
+  """Returns keys or values of `Fresh` with those of new tokens, [S, W, K, Dh].
 
   Args:
     buffer: F columns along `axis`.
-    new: W columns. If that is 1, all slots write the last of their columns: those behind have ended.
-    columns: [S] int32.
-    axis: Of the columns.
+    new: W tokens of each slot. If that is 1 and nothing is gathered, all slots write the last of their columns: those behind
+      have ended.
+    positions: [S, W] int32. Theirs.
+    first: [S] int32. Position of each slot's first new token.
+    rows: How the buffer is laid out; None for what is new alone.
+    axis: Of the columns, 3 or 2.
   """
   new = new.astype(buffer.dtype)
+  if rows is not None:
+    row, column = rows.places(positions, buffer.shape[axis])
+    at = buffer.at[row, :, :, column] if axis == 3 else buffer.at[row, :, column]
+    return at.set(new, mode='drop')
+  columns = positions[:, 0] - first
+  new = new.transpose((0, 2, 3, 1) if axis == 3 else (0, 2, 1, 3))
   if new.shape[axis] == 1:
     return jax.lax.dynamic_update_slice_in_dim(buffer, new, jnp.max(columns), axis)
   return jax.vmap(lambda row, some, at: jax.lax.dynamic_update_slice_in_dim(row, some, at, axis - 1))(
@@ -233,11 +304,11 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, fresh_keys: jax.Arr
     q: [S, W, K, H/K, Dh].
     keys: [N, K, Dh, P].
     values: [N, K, P, Dh].
-    fresh_keys: [S, K, Dh, F], those of the queries among them.
-    fresh_values: [S, K, F, Dh].
+    fresh_keys: [G, K, Dh, F], those of the queries among them.
+    fresh_values: [G, K, F, Dh].
     reading: Which blocks are whose.
     positions: [S, W] int32. Of the queries.
-    first: [S] int32. Position of column 0 of what is new: all before it is in blocks.
+    first: [S] int32. Position of each slot's first new token: all before it is in blocks.
     window: Tokens back that a query sees, itself included; 0 for all.
     scale: 0 for Dh^-1/2.
     sinks: [K, H/K], see `layers.attention_weights`.
@@ -246,7 +317,9 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, fresh_keys: jax.Arr
     [S, W, K, H/K, Dh].
   """
   rows = _rows(q, scale)
-  if own is None:
+  if reading.rows is not None:
+    parts = _gathered(rows, fresh_keys, fresh_values, reading.rows, positions, window)
+  elif own is None:
     parts = _own(rows, keys, values, fresh_keys, fresh_values, reading, positions, first, window)
   else:
     there = first[:, None] + jnp.arange(fresh_keys.shape[-1])[None]
@@ -388,10 +461,27 @@ def _own(rows: jax.Array, keys: jax.Array, values: jax.Array, fresh_keys: jax.Ar
   return Partial(top, total, add_up(_mean(weights, values)) + _mean(new_weights, fresh_values))
 
 
+def _gathered(rows: jax.Array, keys: jax.Array, values: jax.Array, layout: Rows, positions: jax.Array,
+              window: int) -> Partial:
+  """Returns attention of each slot over its rows of the buffer."""
+  slots, rows = rows.shape[0], rows.astype(keys.dtype)
+  there = layout.starts[:, None] + jnp.arange(keys.shape[-1])[None]
+  if layout.owners is None:
+    return _weigh(rows, keys, values, _seen(positions, there, window))
+  owner = jnp.minimum(layout.owners, slots - 1)
+  seen = _seen(positions[owner], there, window) & (layout.owners < slots)[:, None, None]
+  parts = _weigh(rows[owner], keys, values, seen)
+  mine = layout.owners[None] == jnp.arange(slots)[:, None]
+  top = jnp.max(jnp.where(mine[:, :, None, None], parts.top[None], MASKED), axis=1)
+  scale = jnp.exp(parts.top - top[owner])
+  add_up = lambda x: jnp.einsum('sg,gkr...->skr...', mine.astype(jnp.float32), x, precision=_EXACT)
+  return Partial(top, add_up(parts.total * scale), add_up(parts.mean * scale[..., None]))
+
+
 def _shared(rows: jax.Array, keys: jax.Array, values: jax.Array, reading: Reading, positions: jax.Array, window: int,
             parts: Partial) -> Partial:
   """Returns `parts` and attention over the blocks that several slots read, in one product for all slots."""
-  k, dh, block = keys.shape[1:]
+  (k, dh, block), rows = keys.shape[1:], rows.astype(keys.dtype)
   stride = max(1, min(STRIDE // block, reading.shared.shape[0]))
   pad = -reading.shared.shape[0] % stride
   ids, starts = jnp.pad(reading.shared, (0, pad)), jnp.pad(reading.shared_starts, (0, pad))

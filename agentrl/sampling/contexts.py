@@ -15,7 +15,6 @@ from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 
-from agentrl.sampling.cache import Reading
 from agentrl.sampling.prefixes import Block, Node, PrefixTree
 
 # A block that at least this share of the slots read is read once for all; of others, each reads a copy.
@@ -43,14 +42,14 @@ class Write(NamedTuple):
   """Tokens to be computed.
 
   Attributes:
-    slot: Whose.
+    seat: Whose.
     start: Position of the first.
     tokens: [n] int32.
     blocks: Blocks of the context from its beginning to the last of these tokens.
     policy: Which weights compute them.
   """
 
-  slot: int
+  seat: int
   start: int
   tokens: np.ndarray
   blocks: list[Block]
@@ -59,7 +58,7 @@ class Write(NamedTuple):
 
 @dataclasses.dataclass
 class Context:
-  """What a slot holds.
+  """What a seat holds.
 
   Attributes:
     policy: Whose keys and values.
@@ -80,7 +79,7 @@ class Context:
 
 @dataclasses.dataclass
 class Parked:
-  """A context that has left its slot: blocks that others hold as well, and a copy of the others' content.
+  """A context that has left its seat: blocks that others hold as well, and a copy of the others' content.
 
   Attributes:
     policy: Whose keys and values.
@@ -109,22 +108,24 @@ class Parked:
 class Contexts:
   """The books of one cache."""
 
-  def __init__(self, slots: int, context: int, block: int, sizes: Sequence[int], reach: int, share: bool = True):
+  def __init__(self, slots: int, context: int, block: int, sizes: Sequence[int], reach: int, share: bool = True,
+               seats: int = 0):
     """Opens the books of an empty cache.
 
     Args:
-      slots: S.
+      slots: S, how many contexts draw in a call at most.
       context: Most tokens of a context.
       block: P.
       sizes: Numbers of blocks that the cache may have, ascending.
-      reach: Most tokens that a slot draws in a call.
+      reach: Most tokens that a seat draws in a call.
       share: Whether contexts take over what others began with.
+      seats: How many there may be at a time; 0 for as many as slots.
     """
-    self.slots, self.block, self.sizes, self._share = slots, block, tuple(sizes), share
+    self.slots, self.seats, self.block, self.sizes, self._share = slots, seats or slots, block, tuple(sizes), share
     self.row = -(-context // block)  # most blocks of a context
-    self._most_shared = min(self.sizes[-1], MOST_SHARED)
-    self.spread = (reach + block - 2) // block + 1  # most blocks that a call writes to in a slot
-    self.tokens = np.zeros((slots, self.row * block + 1), np.int32)  # and the pending one
+    self.most_shared = min(self.sizes[-1], MOST_SHARED)
+    self.spread = (reach + block - 2) // block + 1  # most blocks that a call writes to in a seat
+    self.tokens = np.zeros((self.seats, self.row * block + 1), np.int32)  # and the pending one
     self.tree = PrefixTree(block)
     self.generation = self.age = 0
     self.clear()
@@ -136,7 +137,7 @@ class Contexts:
     self._free = list(range(self.size))
     self.tree.clear()
     self.generation += 1
-    self.contexts: list[Context | None] = [None] * self.slots
+    self.contexts: list[Context | None] = [None] * self.seats
     self._steps: dict[int, list[Copy | Write]] = {}
     self._due: list[Block] = []
     self._pinned: list[Block] = []
@@ -151,12 +152,12 @@ class Contexts:
 
   # ---- contexts ---------------------------------------------------------------------------------
 
-  def open(self, slot: int, tokens: np.ndarray, policy: str = '') -> int:
-    """Gives a slot what the cache has of the beginning of a context, and returns how many tokens that are."""
-    self.close(slot)
+  def open(self, seat: int, tokens: np.ndarray, policy: str = '') -> int:
+    """Gives a seat what the cache has of the beginning of a context, and returns how many tokens that are."""
+    self.close(seat)
     path, best, common = self.tree.match(policy, tokens)
     context = Context(policy, path[-1] if path else self.tree.root(policy), self.age)
-    self.contexts[slot] = context
+    self.contexts[seat] = context
     for node in path:
       self._hold(context, node.block)
     if best is not None:
@@ -164,7 +165,7 @@ class Contexts:
     else:
       common = 0
     context.held = context.noted = min(len(path) * self.block + common, len(context.blocks) * self.block)
-    self.tokens[slot, :context.held] = tokens[:context.held]
+    self.tokens[seat, :context.held] = tokens[:context.held]
     return context.held
 
   def _begin_like(self, context: Context, block: Block, common: int):
@@ -199,33 +200,33 @@ class Contexts:
       block.due = step
       self._due.append(block)
 
-  def write(self, slot: int, start: int, tokens: np.ndarray):
-    """Has tokens computed from position `start` on, where the slot's context ends.
+  def write(self, seat: int, start: int, tokens: np.ndarray):
+    """Has tokens computed from position `start` on, where the seat's context ends.
 
     Raises:
       CacheFull: if there is no room for them.
       ValueError: if the context ends elsewhere.
     """
-    if self.contexts[slot].held != start:
-      raise ValueError(f'slot {slot} holds {self.contexts[slot].held} tokens and cannot go on from {start}')
-    context, end = self.contexts[slot], start + len(tokens)
-    self.reach(slot, end)
-    self.tokens[slot, start:end] = tokens
+    if self.contexts[seat].held != start:
+      raise ValueError(f'seat {seat} holds {self.contexts[seat].held} tokens and cannot go on from {start}')
+    context, end = self.contexts[seat], start + len(tokens)
+    self.reach(seat, end)
+    self.tokens[seat, start:end] = tokens
     blocks = context.blocks[:-(-end // self.block)]
     step = 2 * ((max(b.due for b in blocks) + 1) // 2) + 1
-    self._at(step, Write(slot, start, np.asarray(tokens, np.int32), blocks, context.policy),
+    self._at(step, Write(seat, start, np.asarray(tokens, np.int32), blocks, context.policy),
              blocks[start // self.block:])
     context.held = end
     if context.noted == start:
-      self.note(slot)
+      self.note(seat)
 
-  def reach(self, slot: int, length: int):
+  def reach(self, seat: int, length: int):
     """Makes room for a context of `length` tokens whose tokens from `held` on are to be written.
 
     Raises:
       CacheFull: if there is none.
     """
-    context = self.contexts[slot]
+    context = self.contexts[seat]
     at, inside = divmod(context.held, self.block)
     if inside and at < len(context.blocks):
       open_block = context.blocks[at]
@@ -236,9 +237,9 @@ class Contexts:
     while len(context.blocks) * self.block < length:
       self._hold(context, self._new())
 
-  def lacking(self, slot: int, length: int) -> int:
-    """Returns how many blocks more a slot's context needs to have room for `length` tokens."""
-    context = self.contexts[slot]
+  def lacking(self, seat: int, length: int) -> int:
+    """Returns how many blocks more a seat's context needs to have room for `length` tokens."""
+    context = self.contexts[seat]
     return max(0, -(-length // self.block) - (len(context.blocks) if context else 0))
 
   def wanting(self, tokens: np.ndarray, length: int, policy: str = '', parked: Parked | None = None) -> int:
@@ -256,9 +257,9 @@ class Contexts:
       there = sum(1 for node in self.tree.match(policy, tokens)[0] if node.block.users)
     return -(-length // self.block) - there
 
-  def truncate(self, slot: int, length: int):
-    """Cuts a slot's context; blocks beyond are free."""
-    context = self.contexts[slot]
+  def truncate(self, seat: int, length: int):
+    """Cuts a seat's context; blocks beyond are free."""
+    context = self.contexts[seat]
     for block in context.blocks[-(-length // self.block):]:
       self._drop(block)
     del context.blocks[-(-length // self.block):]
@@ -274,41 +275,41 @@ class Contexts:
       node, depth = node.parent, depth + 1
     return depth
 
-  def note(self, slot: int):
-    """Lets others begin as the slot's context does, as far as it is held."""
-    context, p = self.contexts[slot], self.block
+  def note(self, seat: int):
+    """Lets others begin as the seat's context does, as far as it is held."""
+    context, p = self.contexts[seat], self.block
     if not self._share or context.age != self.age:
       return
     if context.node.gone:
       context.node, context.noted = self.tree.root(context.policy), 0
     at = context.noted // p
     while at * p < context.held:
-      tokens = self.tokens[slot, at * p:min((at + 1) * p, context.held)]
+      tokens = self.tokens[seat, at * p:min((at + 1) * p, context.held)]
       node = self.tree.add(context.node, tokens, context.blocks[at])
       if len(tokens) < p:
         break
       context.node, at = node, at + 1
     context.noted = context.held
 
-  def close(self, slot: int):
-    """Empties a slot; what it held is kept for others while there is room."""
-    context = self.contexts[slot]
+  def close(self, seat: int):
+    """Empties a seat; what it held is kept for others while there is room."""
+    context = self.contexts[seat]
     if context is not None:
-      self.note(slot)
+      self.note(seat)
       for block in context.blocks:
         self._drop(block)
-      self.contexts[slot] = None
+      self.contexts[seat] = None
 
-  def drew(self, slot: int, tokens: Sequence[int]):
-    """Takes note of what a slot drew: the cache holds the token that was pending and all of these but the last."""
-    context = self.contexts[slot]
-    self.tokens[slot, context.held + 1:context.held + 1 + len(tokens)] = tokens
+  def drew(self, seat: int, tokens: Sequence[int]):
+    """Takes note of what a seat drew: the cache holds the token that was pending and all of these but the last."""
+    context = self.contexts[seat]
+    self.tokens[seat, context.held + 1:context.held + 1 + len(tokens)] = tokens
     context.held += len(tokens)
-    self.truncate(slot, context.held)
+    self.truncate(seat, context.held)
 
-  def is_due(self, slot: int) -> bool:
-    """Whether work is to be done on a slot's blocks."""
-    context = self.contexts[slot]
+  def is_due(self, seat: int) -> bool:
+    """Whether work is to be done on a seat's blocks."""
+    context = self.contexts[seat]
     return context is not None and any(b.due >= 0 for b in context.blocks)
 
   def take_steps(self) -> list[list[Copy | Write]]:
@@ -322,33 +323,33 @@ class Contexts:
     self._steps, self._due, self._pinned = {}, [], []
     return steps
 
-  def park(self, slot: int, take: Callable[[list[int]], tuple[np.ndarray, np.ndarray]]) -> Parked:
-    """Empties a slot and returns what it held; no work may be due.
+  def park(self, seat: int, take: Callable[[list[int]], tuple[np.ndarray, np.ndarray]]) -> Parked:
+    """Empties a seat and returns what it held; no work may be due.
 
     Args:
-      slot: Which.
+      seat: Which.
       take: From ids of blocks to their keys [L, n, K, Dh, P] and values [L, n, K, P, Dh].
     """
-    context = self.contexts[slot]
-    self.truncate(slot, context.held)  # room for more may have been made
+    context = self.contexts[seat]
+    self.truncate(seat, context.held)  # room for more may have been made
     kept = {i: block for i, block in enumerate(context.blocks) if block.users > 1}
     alone = [block for block in context.blocks if block.users == 1]
     keys, values = take([b.id for b in alone]) if alone else (np.zeros((0,) * 5), np.zeros((0,) * 5))
-    parked = Parked(context.policy, self.tokens[slot, :context.held].copy(), kept, keys, values, self.generation,
+    parked = Parked(context.policy, self.tokens[seat, :context.held].copy(), kept, keys, values, self.generation,
                     context.age)
     for block in alone:
       self._drop(block)
-    self.contexts[slot] = None
+    self.contexts[seat] = None
     return parked
 
-  def unpark(self, slot: int, parked: Parked) -> list[int]:
-    """Gives a slot what was parked, and returns the blocks that the copies are to be put into.
+  def unpark(self, seat: int, parked: Parked) -> list[int]:
+    """Gives a seat what was parked, and returns the blocks that the copies are to be put into.
 
     Raises:
       CacheFull: if there is no room; nothing is changed then.
     """
-    self.close(slot)
-    context = self.contexts[slot] = Context(parked.policy, self.tree.root(parked.policy), parked.age)
+    self.close(seat)
+    context = self.contexts[seat] = Context(parked.policy, self.tree.root(parked.policy), parked.age)
     if parked.generation != self.generation:
       return []
     count = -(-len(parked.tokens) // self.block)
@@ -359,7 +360,7 @@ class Contexts:
     except CacheFull:
       for block in put:
         self._free_if_unused(block)
-      self.contexts[slot] = None
+      self.contexts[seat] = None
       raise
     fresh = iter(put)
     for i in range(count):
@@ -368,7 +369,7 @@ class Contexts:
     for block in put:
       block.users += 1
     context.held = len(parked.tokens)
-    self.tokens[slot, :context.held] = parked.tokens
+    self.tokens[seat, :context.held] = parked.tokens
     return [b.id for b in put]
 
   def again(self, parked: Parked) -> Parked:
@@ -468,21 +469,21 @@ class Contexts:
 
   # ---- decoding ---------------------------------------------------------------------------------
 
-  def unshare(self, slots: Sequence[int]):
-    """Gives each of the slots that are to draw copies of blocks that few others of them read, while there is room.
+  def unshare(self, seats: Sequence[int]):
+    """Gives each of the seats that are to draw in place copies of blocks that few others of them read, while there is room.
 
     Raises:
       CacheFull: if there is no room for the copies without which more blocks were shared than a call reads.
     """
     readers: dict[Block, list[tuple[Context, int]]] = {}
-    for slot in slots:
-      context = self.contexts[slot]
+    for seat in seats:
+      context = self.contexts[seat]
       for i, block in enumerate(context.blocks):
         if block.users > 1:
           readers.setdefault(block, []).append((context, i))
     shared = sorted(((b, held) for b, held in readers.items() if len(held) > 1), key=lambda pair: len(pair[1]))
     for n, (block, held) in enumerate(shared):
-      too_many = len(shared) - n > self._most_shared
+      too_many = len(shared) - n > self.most_shared
       if too_many or len(held) < SHARED_BY * self.slots:
         for context, i in held[1:]:
           try:
@@ -493,30 +494,3 @@ class Contexts:
             return
           context.blocks[i].users += 1
           self._drop(block)
-
-  def reading(self, slots: Sequence[int]) -> Reading:
-    """Returns which blocks the slots that are to draw read and write; `unshare` has been called, and no work is due."""
-    n, p, most = self.size, self.block, self._most_shared
-    ids = {slot: np.array([b.id for b in self.contexts[slot].blocks], np.int32) for slot in slots}
-    seen = {slot: ids[slot][:-(-self.contexts[slot].held // p)] for slot in slots}
-    readers = np.bincount(np.concatenate([np.zeros(0, np.int32), *seen.values()]), minlength=n)
-    owners, fills, starts = np.full(n, self.slots, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32)
-    shared = np.flatnonzero(readers > 1).astype(np.int32)
-    place = np.full(n, -1, np.int32)
-    place[shared] = np.arange(len(shared))
-    shared_ids, shared_starts = np.zeros(most, np.int32), np.zeros(most, np.int32)
-    shared_ids[:len(shared)] = shared
-    sharers = np.zeros((self.slots, most), bool)
-    targets = np.full((self.slots, self.spread), n, np.int32)
-    for slot, mine in seen.items():
-      held = self.contexts[slot].held
-      begin = np.arange(len(mine), dtype=np.int32) * p
-      alone = readers[mine] == 1
-      owners[mine[alone]] = slot
-      fills[mine[alone]] = np.minimum(p, held - begin[alone])
-      starts[mine[alone]] = begin[alone]
-      sharers[slot, place[mine[~alone]]] = True
-      shared_starts[place[mine[~alone]]] = begin[~alone]
-      new = ids[slot][held // p:]
-      targets[slot, :len(new)] = new
-    return Reading(owners, fills, starts, shared_ids, shared_starts, np.int32(len(shared)), sharers, targets)

@@ -121,7 +121,7 @@ def next_logits(params: Params, cache: Cache, fresh: Fresh, reading: Reading, to
     reading: Which blocks are whose.
     tokens: [S, W] int32. Last token of each slot's context, and guesses at those after it.
     lengths: [S] int32. Tokens before them; lengths - first may differ between slots that are read only if W > 1.
-    first: [S] int32. Of these, those in blocks; the others are in `fresh`.
+    first: [S] int32. Of these, those in blocks; the others are in `fresh`, which may have the blocks' tokens as well.
     config: Static.
     kernels: Static. Attend, see `kernels.choose`; None for plain products.
     plans: What `kernels.plan` gives.
@@ -133,8 +133,8 @@ def next_logits(params: Params, cache: Cache, fresh: Fresh, reading: Reading, to
   keys, values = [], []
   for i, (layer, kind) in enumerate(zip(params['layers'], config.kind_of_layer)):
     q, k, v = layers.project_qkv(layer, x, turns[kind].cos, turns[kind].sin, config, STEP)
-    keys.append(caches.append(fresh.keys[i], k.transpose(0, 2, 3, 1), lengths - first, axis=3))
-    values.append(caches.append(fresh.values[i], v.transpose(0, 2, 1, 3), lengths - first, axis=2))
+    keys.append(caches.append(fresh.keys[i], k, positions, first, reading.rows, axis=3))
+    values.append(caches.append(fresh.values[i], v, positions, first, reading.rows, axis=2))
     window = config.kinds[kind]
     own = kernels and kernels.slots(cache.keys[i], cache.values[i], plans, positions, first, window)
     attended = caches.attend(q, cache.keys[i], cache.values[i], keys[-1], values[-1], reading, positions, first,
@@ -149,6 +149,36 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
            seeds: jax.Array, stops: jax.Array, floor: jax.Array, *, steps: int, config: ModelConfig,
            sampling: SamplingParams = SamplingParams(), masks: MaskTable | None = None,
            kernels: Kernels | None = None) -> tuple[Cache, Decoded]:
+  """Draws up to `steps` tokens in every active slot, as `run` does, and stores what is new.
+
+  Args:
+    params: Sampler's view.
+    cache: Donate it.
+    reading: Which blocks are whose.
+    pending: As for `run`, and so are all that follow.
+    lengths: [S] int32.
+    budgets: [S] int32.
+    seeds: [S, 2] uint32.
+    stops: [S, Z] int32.
+    floor: int32 scalar.
+    steps: Static.
+    config: Static.
+    sampling: Static.
+    masks: Static.
+    kernels: Static.
+  Returns:
+    The cache, now holding all but the last drawn token of each slot, and what was drawn.
+  """
+  fresh = caches.init_fresh(cache, pending.shape[0], steps, reading.rows)
+  fresh, out = run(params, cache, fresh, reading, pending, lengths, budgets, seeds, stops, floor, steps=steps,
+                   config=config, sampling=sampling, masks=masks, kernels=kernels)
+  return caches.store(cache, fresh, reading, lengths, out.counts, steps), out
+
+
+def run(params: Params, cache: Cache, fresh: Fresh, reading: Reading, pending: jax.Array, lengths: jax.Array,
+        budgets: jax.Array, seeds: jax.Array, stops: jax.Array, floor: jax.Array, *, steps: int, config: ModelConfig,
+        sampling: SamplingParams = SamplingParams(), masks: MaskTable | None = None,
+        kernels: Kernels | None = None) -> tuple[Fresh, Decoded]:
   """Draws up to `steps` tokens in every active slot.
 
   Ends early once no more than `floor` slots are active. The draw at position p of a slot depends on its context, its
@@ -156,7 +186,8 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
 
   Args:
     params: Sampler's view.
-    cache: Donate it.
+    cache: Only read.
+    fresh: Donate it.
     reading: Which blocks are whose.
     pending: [S] int32. Last token of each slot's context, not yet in the cache.
     lengths: [S] int32. Tokens before it.
@@ -170,7 +201,7 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
     masks: Static. Asked at each step which tokens may be drawn; None for all.
     kernels: Static. Attend, see `kernels.choose`; None for plain products.
   Returns:
-    The cache, now holding all but the last drawn token of each slot, and what was drawn.
+    The buffer, now holding all but the last drawn token of each slot, and what was drawn.
   """
   slots = pending.shape[0]
   keys = jax.random.wrap_key_data(seeds, impl='threefry2x32')
@@ -196,8 +227,6 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
   first = lengths
   plans = kernels and kernels.plan(reading, first, config.kinds, config.num_heads // config.num_kv_heads, cache)
   out = Drawn(jnp.zeros((slots, steps), jnp.int32), jnp.zeros((slots, steps)), jnp.zeros((slots, steps)))
-  fresh = caches.init_fresh(cache, slots, steps)
   carry = (jnp.int32(0), fresh, pending, lengths, out, jnp.zeros(slots, bool), budgets > 0)
   step, fresh, _, lengths, out, stopped, _ = jax.lax.while_loop(running, body, carry)
-  cache = caches.store(cache, fresh, reading.targets, first, lengths - first)
-  return cache, Decoded(*out, lengths - first, stopped, step)
+  return fresh, Decoded(*out, lengths - first, stopped, step)

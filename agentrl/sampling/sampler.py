@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +16,34 @@ from agentrl.models.params import Params
 from agentrl.sampling import cache as caches
 from agentrl.sampling import functions
 from agentrl.sampling import kernels as kernel_choice
+from agentrl.sampling import readings
 from agentrl.sampling import speculation as speculations
+from agentrl.sampling.cache import Reading
 from agentrl.sampling.constrain import Cursor, MaskTable
 from agentrl.sampling.contexts import Contexts, Copy, Parked, Write
 from agentrl.sampling.draw import SamplingParams
+from agentrl.sampling.functions import Decoded
 from agentrl.sampling.speculation import Speculation
 from agentrl.sharding import mesh as meshes
 
 MAX_STOPS = 8
 TPU_BLOCK = 128  # columns of a tile: of fewer, what extend and decode want of the cache's layout differs, and it is copied
+CPU_BLOCK = 32
 # Blocks that one call copies, and that one call takes out of the cache or puts back.
 COPY_ROWS = 8
 PARK_ROWS = 4
 
 
 class Extension(NamedTuple):
-  """Tokens to write into a slot that holds `start` tokens already."""
+  """Tokens to write into a seat that holds `start` tokens already."""
 
-  slot: int
+  seat: int
   tokens: Sequence[int]
   start: int
 
 
 class SlotRequest(NamedTuple):
-  """What a slot is to decode.
+  """What the context of a seat is to draw.
 
   Attributes:
     pending: Last token of its context.
@@ -59,7 +63,7 @@ class SlotRequest(NamedTuple):
 
 
 class Draws(NamedTuple):
-  """What one slot drew: ids, log-probs and entropies (nats) of equal length, and whether a stop token ended it.
+  """What one seat drew: ids, log-probs and entropies (nats) of equal length, and whether a stop token ended it.
 
   `masks` are the packed sets of tokens that each was drawn from, None for all; () where nothing is constrained.
   """
@@ -84,13 +88,26 @@ def buckets(smallest: int, largest: int) -> tuple[int, ...]:
   return tuple(dict.fromkeys(sizes))
 
 
-def block_of(context: int) -> int:
-  """Returns a size of blocks, about 64 tokens, of which contexts of `context` tokens waste little.
+def block_of(context: int, about: int = 64) -> int:
+  """Returns a size of blocks, about so many tokens, of which contexts of `context` tokens waste little.
 
-  >>> block_of(80), block_of(112), block_of(4096)
-  (80, 56, 64)
+  >>> block_of(80), block_of(112), block_of(4096), block_of(112, 32)
+  (80, 56, 64, 32)
   """
-  return -(-context // max(1, round(context / 64)) // 8) * 8
+  return -(-context // max(1, round(context / about)) // 8) * 8
+
+
+def thinned(sizes: Sequence[int], most: int = 3) -> list[int]:
+  """Returns the largest of some sizes and, of the others, those of which each is at most half of the next; `most` in all.
+
+  >>> thinned([96, 128, 192, 256])
+  [128, 256]
+  """
+  kept: list[int] = []
+  for size in sorted(sizes, reverse=True):
+    if len(kept) < most and (not kept or 2 * size <= kept[-1]):
+      kept.append(size)
+  return kept[::-1]
 
 
 def cache_sharding(config: ModelConfig, blocks: int, mesh: Mesh) -> NamedSharding:
@@ -123,7 +140,9 @@ def _on_mesh(function: Callable[..., Any], where: NamedSharding | None) -> Calla
 
 
 class Sampler:
-  """S slots, the cache of their contexts, and the functions that fill and read it.
+  """A cache, the contexts in it, of which S draw at a time, and the functions that fill and read it.
+
+  A context has a seat while it is in the cache, and a slot during a call of `decode` that it draws in.
 
   Shapes are taken from fixed sets, so that nothing compiles after `warm_up`. What is to be computed of known tokens is
   noted, and done in as few calls as possible before the next draw. Only `decode` waits for the device.
@@ -133,28 +152,33 @@ class Sampler:
                sampling: SamplingParams = SamplingParams(), capacities: Sequence[int] | None = None,
                row_buckets: Sequence[int] | None = None, token_buckets: Sequence[int] | None = None,
                block: int = 0, mesh: Mesh | None = None, speculation: Speculation | None = None,
-               constrained: bool = False, share: bool = True):
+               constrained: bool = False, share: bool = True, seats: int = 0, room: int = 0):
     """Makes a sampler without parameters; see `set_params`.
 
     Args:
       config: Of the policy.
-      slots: S.
+      slots: S, how many contexts may draw in a call.
       context: Longest context, tokens.
       chunk: Passes through the network in one call of `decode`, at most.
       sampling: The distribution drawn from.
-      capacities: Sizes the cache may have, in tokens a slot on average; a step reads all of the one in use. The largest
-        may be below `context`: then not all slots can be long at once.
+      capacities: Sizes of what a step reads, in tokens a slot on average; it is the first that has room. The largest may be
+        below `context`: then not all slots can be long at once.
       row_buckets: Numbers of rows an extension may have.
       token_buckets: Numbers of tokens of a row that one extension may write; longer ones take several.
-      block: Tokens of a block of the cache; 0 for about 64, on TPUs 128.
+      block: Tokens of a block of the cache; 0 for about 64, on CPUs 32, on TPUs 128.
       mesh: Of this process's devices, where parameters and cache are to live; None for where the parameters lie. It
         has all the devices that they lie on, or, in a run of one process, none of them.
       speculation: Guess tokens from the slot's own text, so that a pass may draw several; None for one a pass.
       constrained: Whether turns may follow a grammar: the host is then asked for masks at every step.
       share: Whether contexts that begin alike share blocks; if not, each is computed whole, to measure what that saves.
+      seats: Contexts that may be in the cache at a time; 0 for as many as slots.
+      room: Tokens that the cache can hold, a slot on average; 0 for the largest of `capacities`. It is smaller while that is
+        enough.
     Raises:
-      ValueError: if the cache could not hold one context.
+      ValueError: if the cache could not hold one context, or there are fewer seats than slots.
     """
+    if 0 < seats < slots:
+      raise ValueError(f'{seats} seats are too few for {slots} slots; give at least as many, or 0')
     self.config = config
     self.slots = slots
     self.context = context
@@ -167,16 +191,21 @@ class Sampler:
       self.masks = MaskTable(slots, config.vocab_size, 1 + speculation.tokens if speculation else 1)
     self.steps = 0  # passes through the network so far, of `decode`
     self.prefill_seconds = 0.0  # waited for known tokens so far, in `decode` and `park`
-    self.block = min(block or (TPU_BLOCK if jax.default_backend() == 'tpu' else block_of(context)), context)
+    on = jax.default_backend()
+    self.block = min(block or (TPU_BLOCK if on == 'tpu' else block_of(context, CPU_BLOCK if on == 'cpu' else 64)), context)
     capacities = sorted(capacities or buckets(min(64, context), context))
-    sizes = sorted({slots * -(-capacity // self.block) for capacity in capacities})
+    # Where a step reads what it is given and not all of the cache, its size hardly matters: few are compiled.
+    rooms = thinned({*capacities, room or capacities[-1]}) if on == 'cpu' else [*capacities, room or capacities[-1]]
+    even = min(slots, 8)  # a mesh splits the blocks evenly
+    sizes = sorted({-(-slots * tokens // (self.block * even)) * even for tokens in rooms})
     if sizes[-1] * self.block < context:
-      raise ValueError(f'the cache would have room for {sizes[-1] * self.block} tokens, {slots} slots of {capacities[-1]}, '
+      raise ValueError(f'the cache would have room for {sizes[-1] * self.block} tokens, {slots} slots of {rooms[-1]}, '
                        f'but one context may have {context}; raise capacities or lower context')
     sizes[-1] = max(sizes[-1], -(-context // self.block) + 1)  # a block may have to be copied
+    self._all_layouts = readings.layouts_for(capacities, slots, context, self.block)
     self.row_buckets = tuple(sorted(row_buckets or {min(2, slots), min(8, slots), slots}))
     self.token_buckets = tuple(sorted(token_buckets or {min(16, context), min(64, context)}))
-    self.contexts = Contexts(slots, context, self.block, sizes, self.reach, share)
+    self.contexts = Contexts(slots, context, self.block, sizes, self.reach, share, seats)
     self._params: dict[str, Params] = {}
     self._mesh = mesh
     self._view: Callable[[Params], Params] | None = None
@@ -198,10 +227,16 @@ class Sampler:
     self._take = jax.jit(caches.take)
     self._resize = jit(caches.resize, static_argnums=1)
     settings = dict(steps=self.chunk, sampling=self.sampling, masks=self.masks)
-    decode = functools.partial(functions.decode, **settings)
-    if self.speculation:
-      decode = functools.partial(speculations.decode, **settings, speculation=self.speculation)
-    self._decode = jit_decode(decode, self.config, self.block, where)
+    of, settings = (speculations, dict(settings, speculation=self.speculation)) if self.speculation else (functions, settings)
+    on_cpu = jax.default_backend() == 'cpu' if where is None else where.mesh.devices.flat[0].platform == 'cpu'
+    # () to read in place, which several devices do each with its own blocks.
+    self._layouts = self._all_layouts if on_cpu and (where is None or where.mesh.size == 1) else ()
+    if self._layouts:
+      self._gather = jit(caches.gather)
+      self._run = jax.jit(functools.partial(of.run, **settings, config=self.config), donate_argnums=2)
+      self._store = jit(caches.store, donate_argnums=0, static_argnums=5)
+    else:
+      self._decode = jit_decode(functools.partial(of.decode, **settings), self.config, self.block, where)
 
   def set_params(self, params: Params, policy: str = ''):
     """Takes new weights, learner's view. What the cache holds is of the old ones from here on.
@@ -262,63 +297,63 @@ class Sampler:
 
   # ---- contexts ---------------------------------------------------------------------------------
 
-  def open(self, slot: int, tokens: np.ndarray, policy: str = '') -> int:
-    """Gives a slot what the cache has of the beginning of a context, and returns how many tokens that are.
+  def open(self, seat: int, tokens: np.ndarray, policy: str = '') -> int:
+    """Gives a seat what the cache has of the beginning of a context, and returns how many tokens that are.
 
     Args:
-      slot: What it held before is let go.
+      seat: What it held before is let go.
       tokens: [n] int32. What the context is to begin with.
       policy: Whose context it is.
     """
-    self._settle(slot)
-    return self.contexts.open(slot, np.asarray(tokens, np.int32), policy)
+    self._settle(seat)
+    return self.contexts.open(seat, np.asarray(tokens, np.int32), policy)
 
-  def close(self, slot: int):
-    """Empties a slot. Contexts that begin as its did find what it held, while there is room."""
-    self._settle(slot)
-    self.contexts.close(slot)
+  def close(self, seat: int):
+    """Empties a seat. Contexts that begin as its did find what it held, while there is room."""
+    self._settle(seat)
+    self.contexts.close(seat)
 
-  def note(self, slot: int):
-    """Lets contexts that are opened from here on begin as the slot's does."""
-    self.contexts.note(slot)
+  def note(self, seat: int):
+    """Lets contexts that are opened from here on begin as the seat's does."""
+    self.contexts.note(seat)
 
   def fork(self, pairs: Sequence[tuple[int, int]]):
-    """Gives slots the contexts of others: (source, target) pairs."""
+    """Gives seats the contexts of others: (source, target) pairs."""
     for source, target in pairs:
       self.contexts.note(source)
       context = self.contexts.contexts[source]
       self.open(target, self.contexts.tokens[source, :context.held], context.policy)
 
-  def truncate(self, slot: int, length: int):
-    """Cuts a slot's context to `length` tokens."""
-    context = self.contexts.contexts[slot]
+  def truncate(self, seat: int, length: int):
+    """Cuts a seat's context to `length` tokens."""
+    context = self.contexts.contexts[seat]
     if context is not None and length < context.held:
-      self._settle(slot)
-      self.contexts.truncate(slot, length)
+      self._settle(seat)
+      self.contexts.truncate(seat, length)
 
   def extend(self, extensions: Sequence[Extension]):
-    """Has tokens written into slots, which are cut where these start; each slot at most once a call.
+    """Has tokens written into seats, which are cut where these start; each seat at most once a call.
 
     Raises:
       CacheFull: if there is no room; extensions before the one at fault are taken.
     """
-    for slot, tokens, start in extensions:
+    for seat, tokens, start in extensions:
       if len(tokens):
-        self._cut(slot, start)
-        self.contexts.write(slot, start, tokens)
+        self._cut(seat, start)
+        self.contexts.write(seat, start, tokens)
 
-  def park(self, slot: int) -> Parked:
-    """Empties a slot and returns what it held, for `unpark`. Waits for the device."""
+  def park(self, seat: int) -> Parked:
+    """Empties a seat and returns what it held, for `unpark`. Waits for the device."""
     self._finish()
-    return self.contexts.park(slot, self._take_blocks)
+    return self.contexts.park(seat, self._take_blocks)
 
-  def unpark(self, slot: int, parked: Parked) -> int:
-    """Gives an empty slot what was parked, and returns how many tokens that are: 0 if the cache was emptied since.
+  def unpark(self, seat: int, parked: Parked) -> int:
+    """Gives an empty seat what was parked, and returns how many tokens that are: 0 if the cache was emptied since.
 
     Raises:
       CacheFull: if there is no room.
     """
-    blocks = self.contexts.unpark(slot, parked)
+    blocks = self.contexts.unpark(seat, parked)
     if blocks:
       self._fit()
       for at in range(0, len(blocks), PARK_ROWS):
@@ -326,7 +361,7 @@ class Sampler:
         ids = _filled(blocks[part], PARK_ROWS, self.cache.blocks)
         pad = [(0, 0), (0, PARK_ROWS - len(blocks[part]))] + [(0, 0)] * 3
         self.cache = self._put(self.cache, ids, np.pad(parked.keys[:, part], pad), np.pad(parked.values[:, part], pad))
-    return self.contexts.contexts[slot].held
+    return self.contexts.contexts[seat].held
 
   def _take_blocks(self, blocks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     parts = []
@@ -337,15 +372,15 @@ class Sampler:
     keys, values = zip(*parts)
     return np.concatenate(keys, axis=1), np.concatenate(values, axis=1)
 
-  def _cut(self, slot: int, length: int):
-    """Cuts a slot's context, which is empty if it was never opened."""
-    if self.contexts.contexts[slot] is None:
-      self.contexts.open(slot, np.zeros(0, np.int32))
-    self.truncate(slot, length)
+  def _cut(self, seat: int, length: int):
+    """Cuts a seat's context, which is empty if it was never opened."""
+    if self.contexts.contexts[seat] is None:
+      self.contexts.open(seat, np.zeros(0, np.int32))
+    self.truncate(seat, length)
 
-  def _settle(self, slot: int):
-    """Sees to it that no work is noted for a slot's blocks."""
-    if self.contexts.is_due(slot):
+  def _settle(self, seat: int):
+    """Sees to it that no work is noted for a seat's blocks."""
+    if self.contexts.is_due(seat):
       self.flush()
 
   # ---- the device -------------------------------------------------------------------------------
@@ -375,9 +410,9 @@ class Sampler:
       jax.block_until_ready(self.cache)
       self.prefill_seconds += time.perf_counter() - started
 
-  def held_bytes(self, slot: int) -> int:
-    """Returns the bytes of the blocks of a slot's context."""
-    context = self.contexts.contexts[slot]
+  def held_bytes(self, seat: int) -> int:
+    """Returns the bytes of the blocks of a seat's context."""
+    context = self.contexts.contexts[seat]
     return len(context.blocks) * self.block_bytes if context else 0
 
   def _copy_blocks(self, copies: Sequence[Copy]):
@@ -410,60 +445,95 @@ class Sampler:
     self.cache = self._extend(self._params[policy], self.cache, tokens, starts, counts, tables)
 
   def decode(self, requests: dict[int, SlotRequest], floor: int = 0) -> dict[int, Draws]:
-    """Draws up to `chunk` tokens for each requested slot, up to `reach` with speculation.
+    """Draws up to `chunk` tokens for each requested seat, up to `reach` with speculation.
 
     Args:
-      requests: By slot.
+      requests: By seat, no more than there are slots.
       floor: Return once no more than this many slots are still drawing; with several policies, of one of them that many
         less.
     Returns:
-      By slot; a slot that met no stop and has budget left may simply go on in the next call.
+      By seat; a seat that met no stop and has budget left may simply go on in the next call.
     Raises:
       CacheFull: if there is no room for what may be drawn, before anything is.
+      ValueError: if there are more requests than slots, or a seat holds another number of tokens.
     """
-    for slot, r in requests.items():
-      self._cut(slot, r.length)
-      if self.contexts.contexts[slot].held != r.length:
-        raise ValueError(f'slot {slot} holds {self.contexts.contexts[slot].held} tokens, not the {r.length} before the '
+    if len(requests) > self.slots:
+      raise ValueError(f'{len(requests)} seats are to draw in {self.slots} slots')
+    for seat, r in requests.items():
+      self._cut(seat, r.length)
+      if self.contexts.contexts[seat].held != r.length:
+        raise ValueError(f'seat {seat} holds {self.contexts.contexts[seat].held} tokens, not the {r.length} before the '
                          'pending one')
-      self.contexts.tokens[slot, r.length] = r.pending
-      self.contexts.reach(slot, r.length + min(r.budget, self.reach))
-    self.contexts.unshare(list(requests))
+      self.contexts.tokens[seat, r.length] = r.pending
+      self.contexts.reach(seat, r.length + min(r.budget, self.reach))
+    if not self._layouts:
+      self.contexts.unshare(list(requests))
     self._finish()
-    copies = self.contexts.tidy()
-    self._copy_blocks(copies)
+    self._copy_blocks(self.contexts.tidy())
     self._fit()
     draws, done = {}, len(requests) - floor
-    for policy in dict.fromkeys(self.contexts.contexts[slot].policy for slot in requests):
+    for policy in dict.fromkeys(self.contexts.contexts[seat].policy for seat in requests):
       own = {s: r for s, r in requests.items() if self.contexts.contexts[s].policy == policy}
-      draws.update(self._decode_policy(own, max(0, len(own) - done), policy))
+      for part, reading in self._parts(own):
+        draws.update(self._decode_part(part, reading, max(0, len(part) - done), policy))
     return draws
 
-  def _decode_policy(self, requests: dict[int, SlotRequest], floor: int, policy: str) -> dict[int, Draws]:
+  def _parts(self, requests: dict[int, SlotRequest]) -> Iterator[tuple[dict[int, SlotRequest], Reading]]:
+    """Yields requests, and how they read, cut into parts if no layout has room for all."""
+    if not self._layouts:
+      yield requests, readings.in_place(self.contexts, list(requests))
+      return
+    reaches = {seat: r.length + min(r.budget, self.reach) for seat, r in requests.items()}
+    reading = readings.gathered(self.contexts, reaches, self._layouts)
+    if reading is not None:
+      yield requests, reading
+      return
+    items = list(requests.items())
+    for part in (items[:len(items) // 2], items[len(items) // 2:]):
+      yield from self._parts(dict(part))
+
+  def _decode_part(self, requests: dict[int, SlotRequest], reading: Reading, floor: int, policy: str) -> dict[int, Draws]:
     s = self.slots
     pending, budgets, lengths = np.zeros(s, np.int32), np.zeros(s, np.int32), np.zeros(s, np.int32)
     seeds = np.zeros((s, 2), np.uint32)
     stops = np.full((s, MAX_STOPS), -1, np.int32)
-    for slot, r in requests.items():
+    for slot, r in enumerate(requests.values()):
       pending[slot], lengths[slot], budgets[slot], seeds[slot] = r.pending, r.length, r.budget, r.seed
       stops[slot, :len(r.stops)] = r.stops
-    cursors = {slot: r.cursor for slot, r in requests.items() if r.cursor is not None}
+    cursors = {slot: r.cursor for slot, r in enumerate(requests.values()) if r.cursor is not None}
     if self.masks:
       self.masks.begin(cursors)
     elif cursors:
       raise ValueError('a turn has a grammar, and this sampler was not made with constrained=True')
-    history = (self.contexts.tokens,) if self.speculation else ()
-    self.cache, out = self._decode(self._params[policy], self.cache, self.contexts.reading(list(requests)), pending,
-                                   lengths, budgets, seeds, stops, np.int32(floor), *history)
-    out = jax.device_get(out)
+    out = jax.device_get(self._draw(self._params[policy], reading, pending, lengths, budgets, seeds, stops, np.int32(floor),
+                                    *self._history(list(requests))))
     self.steps += int(out.steps)
     draws = {}
-    for slot in requests:
+    for slot, seat in enumerate(requests):
       n = out.counts[slot]
-      self.contexts.drew(slot, out.tokens[slot, :n])
-      draws[slot] = Draws(out.tokens[slot, :n], out.log_probs[slot, :n], out.entropies[slot, :n],
+      self.contexts.drew(seat, out.tokens[slot, :n])
+      draws[seat] = Draws(out.tokens[slot, :n], out.log_probs[slot, :n], out.entropies[slot, :n],
                           bool(out.stopped[slot]), self.masks.drawn(slot, n) if self.masks else ())
     return draws
+
+  def _draw(self, params: Params, reading: Reading, pending: np.ndarray, lengths: np.ndarray, *more: np.ndarray) -> Decoded:
+    """Has the device draw, see `functions.decode`, and keep what is new."""
+    if reading.rows is None:
+      self.cache, out = self._decode(params, self.cache, reading, pending, lengths, *more)
+      return out
+    shared, fresh = self._gather(self.cache, reading.rows, reading.shared)
+    gathered = reading._replace(shared=np.arange(len(reading.shared), dtype=np.int32))
+    fresh, out = self._run(params, shared, fresh, gathered, pending, lengths, *more)
+    self.cache = self._store(self.cache, fresh, reading, lengths, out.counts, self.reach)
+    return out
+
+  def _history(self, seats: Sequence[int]) -> tuple[np.ndarray, ...]:
+    """Returns what speculation guesses from: the tokens of the slots' contexts."""
+    if not self.speculation:
+      return ()
+    tokens = np.zeros((self.slots, self.contexts.tokens.shape[1]), np.int32)
+    tokens[:len(seats)] = self.contexts.tokens[seats]
+    return (tokens,)
 
   def warm_up(self):
     """Compiles every shape; parameters must be set. Empties the cache."""
@@ -481,11 +551,11 @@ class Sampler:
       self._copy_blocks([Copy(0, size)])
       nowhere = np.full(PARK_ROWS, size, np.int32)
       self.cache = self._put(self.cache, nowhere, *jax.device_get(self._take(self.cache, np.zeros(PARK_ROWS, np.int32))))
-      history = (self.contexts.tokens,) if self.speculation else ()
       none = np.zeros(self.slots, np.int32)
-      self.cache, _ = self._decode(params, self.cache, self.contexts.reading([]), none, none, none,
-                                   np.zeros((self.slots, 2), np.uint32), np.full((self.slots, MAX_STOPS), -1, np.int32),
-                                   np.int32(0), *history)
+      for reading in ([readings.gathered(self.contexts, {}, [layout]) for layout in self._layouts]
+                      or [readings.in_place(self.contexts, [])]):
+        self._draw(params, reading, none, none, none, np.zeros((self.slots, 2), np.uint32),
+                   np.full((self.slots, MAX_STOPS), -1, np.int32), np.int32(0), *self._history([]))
     self.contexts.size = self.contexts.sizes[0]
     self._fit()
     self.reset()

@@ -26,6 +26,7 @@ from agentrl.models.params import init_params, num_params, param_axes  # noqa: E
 from agentrl.sampling import cache as caches  # noqa: E402
 from agentrl.sampling import functions  # noqa: E402
 from agentrl.sampling import kernels  # noqa: E402
+from agentrl.sampling import readings  # noqa: E402
 from agentrl.sampling import sampler as samplers  # noqa: E402
 from agentrl.sampling.contexts import Contexts  # noqa: E402
 from agentrl.sharding import mesh as meshes  # noqa: E402
@@ -107,7 +108,7 @@ def decode(case: Case) -> jax.stages.Lowered:
   """Returns a chunk of decoding with every slot's context at its longest."""
   params, cache, where, books = _sampler(case)
   function = samplers.jit_decode(functools.partial(functions.decode, steps=case.chunk), case.model, case.block, where)
-  reading = jax.tree.map(lambda x: _array(*np.shape(x), dtype=x.dtype), books.reading([]))
+  reading = jax.tree.map(lambda x: _array(*np.shape(x), dtype=x.dtype), readings.in_place(books, []))
   slots = _array(case.slots)
   return function.lower(params, cache, reading, slots, slots, slots, _array(case.slots, 2, dtype=jnp.uint32),
                         _array(case.slots, samplers.MAX_STOPS), _array())

@@ -68,12 +68,12 @@ class Lab:
       cache = self.prefill(cache, slot, TOKENS[slot, :n])
     return cache
 
-  def logits_after(self, cache, lengths, first=None, shared=(), tokens=TOKENS):
+  def logits_after(self, cache, lengths, first=None, shared=(), tokens=TOKENS, row=0):
     """Logits of what follows tokens[s, :lengths[s] + 1] in each slot, those before `first` from blocks."""
     lengths = np.asarray(lengths, np.int32)
     first = lengths if first is None else np.asarray(first, np.int32)
-    fresh = caches.init_fresh(cache, SLOTS, STEPS)
-    reading = self.pages.reading(first, shared)
+    reading = self.pages.reading(first, shared, row)
+    fresh = caches.init_fresh(cache, SLOTS, STEPS, reading.rows)
     for at in range(max(lengths - first) + 1):
       now = np.minimum(first + at, lengths)
       pending = tokens[np.arange(SLOTS), now][:, None]
@@ -110,22 +110,22 @@ def test_the_view_holds_the_same_weights_without_value_head():
 
 
 @pytest.mark.parametrize('config', [CONFIG, LOCAL], ids=['plain', 'window and sinks'])
-def test_prefill_then_decode_predicts_what_the_learner_does(pages, config):
+def test_prefill_then_decode_predicts_what_the_learner_does(pages, config, row):
   lab, lengths = Lab(pages, config), [3, 8, 13, CAPACITY - 1]
   cache = lab.filled(lengths)
   expected = learner_logits(params(config), TOKENS, config)[np.arange(SLOTS), lengths]
-  np.testing.assert_allclose(lab.logits_after(cache, lengths), expected, atol=2e-5)
+  np.testing.assert_allclose(lab.logits_after(cache, lengths, row=row), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize('config', [CONFIG, LOCAL], ids=['plain', 'window and sinks'])
-def test_what_is_new_and_what_is_in_blocks_make_one_context(pages, config):
+def test_what_is_new_and_what_is_in_blocks_make_one_context(pages, config, row):
   lab, first, lengths = Lab(pages, config), [3, 8, 11, 17], [8, 13, 16, 22]
   expected = learner_logits(params(config), TOKENS, config)[np.arange(SLOTS), lengths]
-  np.testing.assert_allclose(lab.logits_after(lab.filled(first), lengths, first), expected, atol=2e-5)
+  np.testing.assert_allclose(lab.logits_after(lab.filled(first), lengths, first, row=row), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize('config', [CONFIG, LOCAL], ids=['plain', 'window and sinks'])
-def test_blocks_that_all_slots_read_are_read_as_if_they_were_each_slots_own(pages, config):
+def test_blocks_that_all_slots_read_are_read_as_if_they_were_each_slots_own(pages, config, row):
   lab, lengths = Lab(pages, config), [11, 8, 13, 20]
   tokens = TOKENS.copy()
   tokens[:, :8] = tokens[0, :8]
@@ -136,7 +136,7 @@ def test_blocks_that_all_slots_read_are_read_as_if_they_were_each_slots_own(page
   rubbish = lab.pages.tables[1:, :2].reshape(-1)
   cache = jax.tree.map(lambda x: x.at[rubbish].set(9.0), cache)
   expected = learner_logits(params(config), tokens, config)[np.arange(SLOTS), lengths]
-  got = lab.logits_after(cache, lengths, shared=(0, 1), tokens=tokens)
+  got = lab.logits_after(cache, lengths, shared=(0, 1), tokens=tokens, row=row)
   np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
@@ -190,13 +190,13 @@ jit_decode = {
 SEEDS = np.arange(2 * SLOTS, dtype=np.uint32).reshape(SLOTS, 2)
 
 
-def decode(lab, cache, lengths, budgets, stops=(), floor=0, temperature=1.0, pending=None, seeds=SEEDS):
+def decode(lab, cache, lengths, budgets, stops=(), floor=0, temperature=1.0, pending=None, seeds=SEEDS, row=0):
   table = np.full((SLOTS, 2), -1, np.int32)
   for slot, ids in stops:
     table[slot, :len(ids)] = ids
   pending = TOKENS[np.arange(SLOTS), lengths] if pending is None else pending
   cache, out = jit_decode[temperature](
-      view(), cache, lab.pages.reading(lengths), pending, np.asarray(lengths, np.int32), np.asarray(budgets, np.int32),
+      view(), cache, lab.pages.reading(lengths, (), row), pending, np.asarray(lengths, np.int32), np.asarray(budgets, np.int32),
       np.asarray(seeds, np.uint32), table, np.int32(floor))
   return cache, jax.device_get(out)
 
@@ -204,17 +204,17 @@ def decode(lab, cache, lengths, budgets, stops=(), floor=0, temperature=1.0, pen
 LENGTHS = [4, 9, 2, 6]
 
 
-def test_budgets_end_slots_one_by_one_and_only_what_was_drawn_is_written(lab):
+def test_budgets_end_slots_one_by_one_and_only_what_was_drawn_is_written(lab, row):
   before = lab.filled(LENGTHS)
-  after, out = decode(lab, before, LENGTHS, [3, 0, 6, 1])
+  after, out = decode(lab, before, LENGTHS, [3, 0, 6, 1], row=row)
   assert out.counts.tolist() == [3, 0, 6, 1] and not out.stopped.any()
   for slot, (length, count) in enumerate(zip(LENGTHS, out.counts)):
     same(lab.held(after, slot, length), lab.held(before, slot, length))
     same(lab.held(after, slot, start=length + count), lab.held(before, slot, start=length + count))
 
 
-def test_greedy_decode_follows_the_learner(lab):
-  after, out = decode(lab, lab.filled(LENGTHS), LENGTHS, [STEPS] * SLOTS, temperature=0.0)
+def test_greedy_decode_follows_the_learner(lab, row):
+  after, out = decode(lab, lab.filled(LENGTHS), LENGTHS, [STEPS] * SLOTS, temperature=0.0, row=row)
   contexts = TOKENS.copy()
   for slot, n in enumerate(LENGTHS):
     contexts[slot, n + 1:n + 1 + STEPS] = out.tokens[slot]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from agentrl.metrics.timing import CompileCounter
-from agentrl.models.params import param_axes
+from agentrl.models.params import init_params, param_axes
 from agentrl.sampling.contexts import CacheFull
 from agentrl.sampling.sampler import Extension, Sampler, SlotRequest, buckets
 from agentrl.sharding import mesh as meshes
@@ -56,7 +57,7 @@ def test_extension_of_all_slots_at_once_equals_one_by_one(tiny):
     sampler.reset()
     rows = [Extension(s, TOKENS[:n], 0) for s, n in enumerate(lengths)]
     for part in ([rows] if at_once else [[r] for r in rows]):
-      sampler.extend([*part, Extension(0, [], 0)] if part[0].slot else part)
+      sampler.extend([*part, Extension(0, [], 0)] if part[0].seat else part)
     results.append(sampler.decode({s: request(n) for s, n in enumerate(lengths)}))
   for slot in range(4):
     np.testing.assert_array_equal(results[0][slot].tokens, results[1][slot].tokens)
@@ -100,6 +101,53 @@ def test_no_more_than_the_largest_cache_is_taken_and_what_is_held_stays(tiny):
   sampler.truncate(1, 0)
   sampler.extend([Extension(2, TOKENS[20:40], 0)])
   np.testing.assert_array_equal(sampler.decode({0: request(70)})[0].tokens, first.tokens)
+
+
+def test_slots_that_read_more_than_there_is_a_shape_for_draw_in_several_calls(tiny):
+  """Rows for 4 x 32 tokens in all, and a cache that holds three times as much."""
+  tight, wide = tiny.sampler(4, capacities=(24,), room=96), tiny.sampler()
+  drawn = []
+  for sampler in (tight, wide):
+    sampler.reset()
+    sampler.extend([Extension(s, TOKENS[s:60 + s], 0) for s in range(4)])
+    steps = sampler.steps
+    drawn.append(sampler.decode({s: SlotRequest(9, 60, 6, (1, s), ()) for s in range(4)}))
+    assert sampler.steps - steps == (4 if sampler is tight else 1) * 6  # each needs three rows of 32
+  for seat in range(4):
+    np.testing.assert_array_equal(drawn[0][seat].tokens, drawn[1][seat].tokens)
+    np.testing.assert_allclose(drawn[0][seat].log_probs, drawn[1][seat].log_probs, atol=1e-5)
+
+
+def test_half_precision_draws_what_it_would_without_sharing(tiny):
+  """One query a head: XLA's CPU backend has no such product of bfloat16."""
+  config = dataclasses.replace(tiny.config, num_kv_heads=4, compute_dtype='bfloat16')
+  params, drawn = init_params(config, jax.random.key(0)), []
+  for share in (True, False):
+    sampler = Sampler(config, slots=4, context=96, chunk=4, capacities=(96,), row_buckets=(4,), token_buckets=(16,), share=share)
+    sampler.set_params(params)
+    for seat in range(3):
+      sampler.extend([Extension(seat, TOKENS[sampler.open(seat, TOKENS[:70]):70], sampler.contexts.contexts[seat].held)])
+    drawn.append(sampler.decode({seat: request(70, budget=4, seed=(1, seat)) for seat in range(3)}))
+  for seat in range(3):
+    np.testing.assert_allclose(drawn[0][seat].log_probs[0], drawn[1][seat].log_probs[0], atol=0.02)
+    assert drawn[0][seat].tokens[0] == drawn[1][seat].tokens[0]
+
+
+def test_of_more_seats_than_slots_any_may_draw(tiny):
+  few, plain = tiny.sampler(2, seats=5, capacities=(96,), room=240), tiny.sampler(4)
+  for sampler, seats in ((few, (4, 1, 3)), (plain, (0, 1, 2))):
+    sampler.reset()
+    sampler.extend([Extension(seat, TOKENS[i:20 + i], 0) for i, seat in enumerate(seats)])
+  want = plain.decode({i: SlotRequest(9, 20, 6, (1, i), ()) for i in range(3)})
+  got = {**few.decode({seat: SlotRequest(9, 20, 6, (1, i), ()) for i, seat in ((2, 3), (0, 4))}),
+         **few.decode({1: SlotRequest(9, 20, 6, (1, 1), ())})}
+  for i, seat in enumerate((4, 1, 3)):
+    np.testing.assert_array_equal(got[seat].tokens, want[i].tokens)
+    np.testing.assert_allclose(got[seat].log_probs, want[i].log_probs, atol=1e-5)
+  with pytest.raises(ValueError, match='3 seats are to draw in 2 slots'):
+    few.decode({seat: SlotRequest(9, 20, 6, (1, 0), ()) for seat in (1, 3, 4)})
+  with pytest.raises(ValueError, match='3 seats are too few for 4 slots'):
+    Sampler(tiny.config, slots=4, context=96, seats=3)
 
 
 def test_idle_slots_survive_calls_at_the_edge_of_the_cache(tiny):
