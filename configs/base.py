@@ -83,19 +83,21 @@ def get_config() -> ConfigDict:
   # for as much of its tensor and expert axes as one of several processes can have.
   c.rollout.mesh = ConfigDict()
   c.rollout.devices = 0  # of the run, the last ones: for sampling alone, the learner has the others; 0 shares all
-  c.rollout.slots = 64  # of a process
+  c.rollout.slots = 64  # sessions that draw at a time, of a process
+  c.rollout.seats = 0  # sessions in the cache at a time, those included that wait for their tools; 0 for four a slot
   c.rollout.chunk = 8  # tokens a slot draws between two looks of the host
   c.rollout.turn_tokens = 64
   c.rollout.trajectory_tokens = 192
   c.rollout.trajectory_calls = 1_024
   c.rollout.trajectory_seconds = 3_600.0  # wall time, waiting included
   c.rollout.context_tokens = 256
-  c.rollout.capacities = ()  # sizes of the cache, in tokens a slot on average; () for a geometric series up to context_tokens
-  c.rollout.block = 0  # tokens of a block of the cache, which contexts share; 0 for about 64, on TPUs 128
+  c.rollout.capacities = ()  # sizes of what a step reads, in tokens a slot on average; () for a geometric series up to context_tokens
+  c.rollout.room = 0  # tokens that the cache can hold, a slot on average; 0 for the largest of capacities
+  c.rollout.block = 0  # tokens of a block of the cache, which contexts share; 0 for about 64, on CPUs 32, on TPUs 128
   c.rollout.token_buckets = ()  # tokens of a row that one extension writes; () for 16 and 64
-  c.rollout.priorities = ('begun',)  # who gets a free slot first, see agentrl/rollout/priorities.py; then who asked first
-  c.rollout.patience = None  # seconds a session may wait in its slot while others want one; None by what waiting and leaving cost
-  c.rollout.parked_megabytes = 256  # host memory for the cache of sessions that lost their slots; the rest is computed again
+  c.rollout.priorities = ('begun',)  # who draws first, see agentrl/rollout/priorities.py; then who asked first
+  c.rollout.patience = None  # seconds a session may wait in its seat while others want one; None by what waiting and leaving cost
+  c.rollout.parked_megabytes = 256  # host memory for the cache of sessions that lost their seats; the rest is computed again
   # By any name: workdir of a run with the same policy and tokenizer, whose last weights draw the words of sessions that
   # agent programs open under this name; see Session.open. They are not trained.
   c.rollout.policies = ConfigDict()

@@ -1,7 +1,7 @@
 """Runs agent programs on the slots of one sampler.
 
 A program awaits its session; the engine draws for all sessions that want a turn in one device call, and while it runs
-the event loop serves everyone's tools. Who has a slot is the business of `agentrl.rollout.slots`.
+the event loop serves everyone's tools. Who draws in its slots is the business of `agentrl.rollout.slots`.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ class Engine:
       on_done(trajectory)
 
   def _leave(self, session: Session):
-    """Gives up the slots of a session and of those that it opened and nobody else drives, and turns nobody awaits."""
+    """Gives up the seats of a session and of those that it opened and nobody else drives, and turns nobody awaits."""
     session.give_up()
     self._slots.leave(session)
     for other in session.opened:
@@ -369,16 +369,17 @@ class Engine:
 
   @property
   def _patience_seconds(self) -> float:
-    """How long a session may wait in a slot that others want.
+    """How long a session may wait in a seat that others want.
 
-    While it waits one slot draws nothing; while it leaves for host memory, and comes back, none. So it leaves at once
-    where waits usually cost more than that, and else when this one has. What there is no host memory for has to be
+    While it waits a slot may have nobody to draw for; while it leaves for host memory, and comes back, none has. So it
+    leaves at once where waits usually cost more than that, and else when this one has. What there is no host memory for has to be
     computed again, which takes about a chunk.
     """
     if self._patience is not None:
       return self._patience
     swap = self._slots.swap_seconds
-    worth = (self._linger_seconds if swap is None else swap) * max(1, len(self._slots.ready))
+    drawing = min(len(self._slots.ready), self.sampler.slots)
+    worth = (self._linger_seconds if swap is None else swap) * max(1, drawing)
     return worth if self._wait_seconds < worth else 0.0
 
   @property
@@ -393,7 +394,8 @@ class Engine:
       now = time.perf_counter()
       held = sum(1 for s in owners if s is not None)
       young = sum(1 for s in owners if s is not None and s.request is None and now - s.waiting_since < linger)
-      if now > started + linger or not young or len(self._slots.ready) >= held - held // 8:
+      full = min(held, self.sampler.slots)
+      if now > started + linger or not young or len(self._slots.ready) >= full - full // 8:
         break
       self._wake.clear()
       try:
@@ -415,11 +417,11 @@ class Engine:
     while draws is None:
       if not slots.ready:  # all were cancelled meanwhile
         return
-      active = {s.slot: (s, s.request) for s in slots.ready}
+      active = {s.seat: (s, s.request) for s in slots.drawing()}
       requests = {
-          slot: SlotRequest(int(s.context.tail(-1)[0]), s.cached, s.request.budget, s.seed, s.request.stop_ids,
+          seat: SlotRequest(int(s.context.tail(-1)[0]), s.cached, s.request.budget, s.seed, s.request.stop_ids,
                             s.request.cursor(s.context))
-          for slot, (s, _) in active.items()}
+          for seat, (s, _) in active.items()}
       # Back to the host as soon as some are done: others may want their slots, or they their tools.
       enough = max((len(active) + 3) // 4, sampler.slots // 8, 1)
       floor = max(0, len(active) - enough)
@@ -433,10 +435,10 @@ class Engine:
           raise
         slots.extend()
     now, turns = time.perf_counter(), 0
-    for slot, (session, request) in active.items():
+    for seat, (session, request) in active.items():
       # It may have been cancelled, or another turn asked for, meanwhile.
-      if session.slot == slot and session.request is request and not request.future.cancelled():
-        self._record(session, draws[slot], now)
+      if session.seat == seat and session.request is request and not request.future.cancelled():
+        self._record(session, draws[seat], now)
         turns += request.future.done()
     self._chunk_seconds += 0.2 * (ended - started - self._chunk_seconds)
     prefill, steps = sampler.prefill_seconds - prefill, sampler.steps - steps
@@ -470,7 +472,7 @@ class Engine:
         reason = 'stop'
     if reason:
       self._slots.ready.remove(session)
-      self._slots.timeline.begin(session.slot, session.label, 'wait')
+      self._slots.timeline.begin(session.seat, session.label, 'wait')
       session.waiting_since = now
       request.future.set_result(reason)
 

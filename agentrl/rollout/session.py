@@ -85,7 +85,7 @@ class Request:
 class Session:
   """One trajectory of one task, driven by an agent program.
 
-  Its slot in the cache is the engine's business: a session may lose it while it waits, and gets its context
+  Its seat in the cache is the engine's business: a session may lose it while it waits, and gets its context
   recomputed, without its program noticing.
 
   Attributes:
@@ -103,17 +103,17 @@ class Session:
     self._limits = limits
     self.grammar = engine.grammar
     self.seed = trajectory_seed(trajectory.seed, trajectory.task.id, trajectory.sample, trajectory.path)
-    self.slot: int | None = None
-    self.cached = 0  # tokens of the context that the slot holds
+    self.seat: int | None = None
+    self.cached = 0  # tokens of the context that the seat holds
     self.request: Request | None = None
     self.discarded = False  # left out of what is collected
     self._drawn = 0  # tokens, those forgotten since included
     self._descendants = 0  # of a root: sessions forked from it and from its forks
-    self.parked: Parked | None = None  # what left the cache with the slot
+    self.parked: Parked | None = None  # what left the cache with the seat
     self.policy = ''  # of those that the engine's sampler has, the one that draws
     self.waiting_since = 0.0  # when the program last took over, for the engine's scheduling
     self.asked_at = 0.0  # when it last asked for a turn
-    self.queued_at = 0.0  # when it was last without a slot for it
+    self.queued_at: float | None = None  # since when it waits to draw it; None once it draws
     self._forks = 0
     self.opened: list[Session] = []  # sessions of other roles, of this one's program
     self.adopted = False  # whether a program of its own drives it
@@ -407,7 +407,7 @@ class Session:
                             f'{self.limits.context_tokens} tokens of the context were left')
 
   def _note_changed(self, before: Segment):
-    """The context is no longer `before`, which the slot holds: keeps what they have in common."""
+    """The context is no longer `before`, which the seat holds: keeps what they have in common."""
     t = self.trajectory
     if before is self.context:
       common = len(before)

@@ -1,4 +1,4 @@
-"""What an engine did: counts and seconds to be added up, and a timeline of its slots."""
+"""What an engine did: counts and seconds to be added up, and a timeline of its seats."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class EngineStats:
     parked: Of these, whose part of the cache was kept in host memory.
     unparked: Of these, those that came back to it.
     tool_seconds: Sessions waited for something else than a turn, added up over sessions, each wait when it ends.
-    queue_seconds: Sessions wanted a turn and had no slot, added up over sessions, each wait when it ends.
+    queue_seconds: Sessions wanted a turn and did not draw yet, added up over sessions, each wait when it ends.
     stored_tokens: Tokens in the cache that contexts hold, added up over chunks; what several hold is counted once.
     cache_tokens: Tokens that the cache had room for, added up over chunks.
   """
@@ -91,8 +91,9 @@ class Stretch(NamedTuple):
   """What a row of the timeline did: seconds since its start.
 
   Attributes:
-    row: A slot's number, or 'device'.
-    kind: 'draw', 'wait' of a slot; 'prefill', 'decode', 'idle', 'linger' of the device.
+    row: A seat's number, or 'device'.
+    kind: Of a seat 'draw', 'wait' for a tool, 'ready', that is, waiting for a slot; of the device 'prefill', 'decode', 'idle',
+      'linger'.
     label: Whose, '' for the device.
     start: When it began.
     end: When it ended.
@@ -106,26 +107,26 @@ class Stretch(NamedTuple):
 
 
 class Timeline:
-  """What each slot did when.
+  """What was done in each seat when.
 
   Attributes:
     stretches: In the order of their ends.
   """
 
-  def __init__(self, slots: int = 0):
-    """Starts now, with so many slots that do nothing."""
-    self._slots = slots
+  def __init__(self, seats: int = 0):
+    """Starts now, with so many seats in which nothing is done."""
+    self._seats = seats
     self._open: dict[int, tuple[str, str, float]] = {}
     self._zero = time.perf_counter()
     self.stretches: list[Stretch] = []
 
   def cut(self) -> Timeline:
-    """Returns what was done up to now and starts again; what slots are at goes on in both."""
+    """Returns what was done up to now and starts again; what is done in seats goes on in both."""
     now = time.perf_counter()
-    for slot, (kind, label, start) in self._open.items():
-      self.add(slot, kind, start, now, label)
-      self._open[slot] = kind, label, now
-    done = Timeline(self._slots)
+    for seat, (kind, label, start) in self._open.items():
+      self.add(seat, kind, start, now, label)
+      self._open[seat] = kind, label, now
+    done = Timeline(self._seats)
     done.stretches, self.stretches, self._zero = self.stretches, [], now
     return done
 
@@ -134,16 +135,16 @@ class Timeline:
     """How long it lasted."""
     return max((s.end for s in self.stretches), default=0.0)
 
-  def begin(self, slot: int, label: str, kind: str):
-    """Ends what a slot did and begins another stretch."""
-    self.end(slot)
-    self._open[slot] = kind, label, time.perf_counter()
+  def begin(self, seat: int, label: str, kind: str):
+    """Ends what a seat did and begins another stretch."""
+    self.end(seat)
+    self._open[seat] = kind, label, time.perf_counter()
 
-  def end(self, slot: int):
-    """Ends what a slot did."""
-    if slot in self._open:
-      kind, label, start = self._open.pop(slot)
-      self.add(slot, kind, start, label=label)
+  def end(self, seat: int):
+    """Ends what a seat did."""
+    if seat in self._open:
+      kind, label, start = self._open.pop(seat)
+      self.add(seat, kind, start, label=label)
 
   def add(self, row: int | str, kind: str, start: float, end: float | None = None, label: str = ''):
     """Adds a stretch; times are of `time.perf_counter`, the end is now if None."""
@@ -189,16 +190,16 @@ class Timeline:
     return {'seconds': seconds, 'bins': bins, 'rows': [(_name(row), _runs(of_row)) for row, of_row in kinds.items()]}
 
   def _rows(self) -> list[int | str]:
-    return ['device', *range(self._slots)]
+    return ['device', *range(self._seats)]
 
 
 def _number(row: int | str) -> int:
-  """The device stands first, then slot by slot."""
+  """The device stands first, then seat by seat."""
   return 0 if isinstance(row, str) else row + 1
 
 
 def _name(row: int | str) -> str:
-  return row if isinstance(row, str) else f'slot {row}'
+  return row if isinstance(row, str) else f'seat {row}'
 
 
 def _runs(kinds: list[str | None]) -> list[tuple[str, int, int]]:

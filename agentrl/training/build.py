@@ -41,6 +41,7 @@ from agentrl.training.init_from import check_tokenizer, copy_tokenizer, load_par
 from agentrl.training.watch import Timelines
 
 TOKENIZER_NAME = 'tokenizer.model'
+SEATS_A_SLOT = 4  # where rollout.seats is 0
 
 
 @dataclasses.dataclass
@@ -105,7 +106,7 @@ class Parts:
       speculation = Speculation(r.speculate, r.speculate_ngram) if r.speculate else None
       sampler = Sampler(self.model, slots=r.slots, context=r.context_tokens, chunk=r.chunk, sampling=sampling,
                         capacities=r.capacities or None, token_buckets=r.token_buckets or None, block=r.block,
-                        mesh=self.sampler_mesh, speculation=speculation, constrained=r.constrain)
+                        seats=r.seats or SEATS_A_SLOT * r.slots, room=r.room, mesh=self.sampler_mesh, speculation=speculation, constrained=r.constrain)
       for name, folder in r.policies.items():
         key = f'rollout.policies.{name}'
         check_tokenizer(folder, pathlib.Path(self.config.tokenizer.path or self.workdir / TOKENIZER_NAME), key)

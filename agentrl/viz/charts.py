@@ -166,7 +166,7 @@ def span_chart(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, int, in
     legend: What the colours mean.
   """
   thick = 14
-  height = thick if len(rows) <= 20 else 9 if len(rows) <= 40 else 7
+  height, every = next((h, e) for most, h, e in ((20, thick, 1), (40, 9, 8), (80, 7, 8), (len(rows), 3, 32)) if len(rows) <= most)
   tops = [_SPAN_TOP] + [_SPAN_TOP + thick + _SPAN_GAP + i * height for i in range(len(rows) - 1)]
   bottom = tops[-1] + height
   x = lambda at: _SPAN_LEFT + at / bins * (_SPAN_WIDTH - _SPAN_LEFT - _SPAN_RIGHT)
@@ -185,7 +185,6 @@ def span_chart(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, int, in
           f'M{x(first):.1f} {top}H{x(last):.1f}v{(height if i else thick) - 1}H{x(first):.1f}z')
   parts += [f'<path class="span" style="--k:var(--c{colours.get(kind, _COLOURS - 1)})" d="{"".join(path)}"/>'
             for kind, path in paths.items()]
-  every = 1 if height >= 11 else 8
   parts += [f'<text x="{_SPAN_LEFT - 6}" y="{top + (height if i else thick) / 2 + 3:.1f}" text-anchor="end">{html.escape(name)}</text>'
             for i, (top, (name, _)) in enumerate(zip(tops, rows)) if not i or (i - 1) % every == 0]
   return (f'<figure class="wide"><figcaption>{html.escape(title)}</figcaption>'

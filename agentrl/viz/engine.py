@@ -1,4 +1,4 @@
-"""What the rollouts' time went into: shares, curves by step, and what each slot did when."""
+"""What the rollouts' time went into: shares, curves by step, and what was done in each seat when."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _SHARES = {'engine/occupancy': 'tokens per step and slot', 'engine/device_idle_w
 _TOKENS = {'decoded_tokens': 'drawn', 'engine/prefilled_tokens': 'prefilled', 'engine/shared_tokens': 'found in the cache'}
 _WAITS = {'engine/tool_seconds': 'for tools', 'engine/queue_seconds': 'for a slot'}
 _RATES = {'tokens_per_second/decode_alone': 'decode', 'tokens_per_second/prefill_alone': 'prefill'}
-# Colours of the timeline, those of the parts: a slot draws while the device decodes, and waits while it may be idle.
-_COLOURS = {'draw': 0, 'wait': 1, 'decode': 0, 'idle': 1, 'prefill': 2, 'linger': 3}
-_LEGEND = (('slot draws; device decodes', 0), ('slot waits for its tool; device idle', 1), ('device prefills', 2),
-           ('device lingers', 3))
+# Colours of the timeline, those of the parts: a session draws while the device decodes, and waits while it may be idle.
+_COLOURS = {'draw': 0, 'wait': 1, 'ready': 3, 'decode': 0, 'idle': 1, 'prefill': 2, 'linger': 3}
+_LEGEND = (('a session draws; device decodes', 0), ('a session waits for its tool; device idle', 1), ('device prefills', 2),
+           ('a session waits for a slot; device lingers', 3))
 _FEW = 3  # Lines that make curves.
 
 Lines = Sequence[Mapping[str, Any]]
@@ -80,6 +80,6 @@ def _series(lines: Lines, name: str, label: str) -> charts.Series:
 
 
 def _timeline(picture: Mapping[str, Any]) -> str:
-  title = (f'slots over time: the rollout of step {picture["step"]} ({picture["stage"]}); blank where a slot is free and '
+  title = (f'seats over time: the rollout of step {picture["step"]} ({picture["stage"]}); blank where a seat is free and '
            'while the host is at work')
   return charts.span_chart(title, picture['rows'], picture['bins'], picture['seconds'], _COLOURS, _LEGEND)

@@ -55,14 +55,16 @@ _RESULTS = pathlib.Path(__file__).resolve().parent / 'results'
 SLOTS, GROUP, GROUPS, ITERATIONS, STALENESS = 32, 4, 16, 6, 2
 PROMPT, TURN, OBSERVATION, MEAN_TURNS, MOST_TURNS, SIGMA = 64, 32, 16, 6, 20, 0.75
 CONTEXT = PROMPT + MOST_TURNS * (TURN + OBSERVATION)
-CAPACITIES = (96, 128, 192, 256, 320)
+CAPACITIES = (96, 128, 192, 256, 384, 512)
+SEATS, ROOM = 96, 768  # sessions in the cache; tokens that it has room for, a slot on average
 SHOWN_SECONDS = 8.0  # of the timelines that are kept
 
 
 def make_engine(slots: int, context: int, capacities, **settings) -> Engine:
   """Returns an engine that has compiled all that it will need."""
   sampler = Sampler(model(), slots=slots, context=context, chunk=16, capacities=capacities,
-                    token_buckets=(OBSERVATION, PROMPT), block=settings.pop('block', 0))
+                    token_buckets=(OBSERVATION, PROMPT),
+                    **{name: settings.pop(name) for name in ('block', 'seats', 'room') if name in settings})
   sampler.set_params(params())
   sampler.warm_up()
   limits = Limits(turn_tokens=TURN, trajectory_tokens=context, context_tokens=context, turns=MOST_TURNS)
@@ -167,7 +169,7 @@ def partial(engine: Engine, mean_delay: float, taken_at: list[float], keep_cache
 
 def waiting() -> dict:
   """Measures three ways of going about tools that take their time."""
-  engine = make_engine(SLOTS, CONTEXT, CAPACITIES)
+  engine = make_engine(SLOTS, CONTEXT, CAPACITIES, seats=SEATS, room=ROOM)
   no_tool = [Job(Task(str(i), 'benchmark', (), None), 0, str(i), session_of(i, 0, 0.0)) for i in range(SLOTS)]
   engine.collect(no_tool)
   engine.stats = EngineStats()
@@ -209,7 +211,7 @@ def waiting() -> dict:
     found[name]['times_barrier_while_full'] = found['barrier']['seconds'] / ITERATIONS / seconds
     print(name, json.dumps({k: v for k, v in found[name].items() if k.endswith('full')}), flush=True)
   return {'turn_seconds': turn_seconds, 'sessions': ITERATIONS * GROUPS * GROUP, 'iterations': ITERATIONS,
-          'staleness': STALENESS, 'slots': SLOTS, **found}
+          'staleness': STALENESS, 'slots': SLOTS, 'seats': SEATS, **found}
 
 
 # ---- shared prompts -------------------------------------------------------------------------------
@@ -298,26 +300,26 @@ def sessions() -> dict:
 def draw(record: dict, path: pathlib.Path):
   """Draws what slots and device did, under a barrier and without."""
   from matplotlib import figure as figure_lib  # Its objects need no display or global state.
-  colours = {'draw': '#2a6f97', 'wait': '#f2c14e', 'decode': '#2a6f97', 'prefill': '#9b5de5', 'idle': '#e8e8e8',
+  colours = {'draw': '#2a6f97', 'wait': '#f2c14e', 'ready': '#c9c9c9', 'decode': '#2a6f97', 'prefill': '#9b5de5', 'idle': '#e8e8e8',
              'linger': '#c9c9c9'}
   names = {'barrier': 'barrier after every turn', 'engine': 'engine', 'partial': 'engine, partial rollouts',
            'kept': 'engine, partial rollouts, cache kept'}
   figure = figure_lib.Figure(figsize=(10, 8), layout='constrained')
   for axis, (mode, title) in zip(figure.subplots(len(names), 1, sharex=True), names.items()):
     for row, kind, start, end in record['waiting'][mode]['timeline']:
-      height = (-3.5, 2.0) if row == 'device' else (row, 0.9)
+      height = (-8, 5) if row == 'device' else (row, 0.9)
       axis.broken_barh([(start, end - start)], height, facecolors=colours[kind], linewidth=0)
-    axis.set_ylim(SLOTS, -4.5)
-    axis.set_ylabel('device | slots')
+    axis.set_ylim(2 * SLOTS, -10)
+    axis.set_ylabel('device | sessions')
     axis.set_yticks([])
     times = record['waiting'][mode]['times_barrier']
     axis.set_title(f'{title}: {times:.1f} times as fast' if mode != 'barrier' else title, loc='left')
   axis.set_xlim(0, SHOWN_SECONDS)
   axis.set_xlabel('seconds')
   handles = [figure_lib.Figure().subplots().bar(0, 0, color=colours[k], label=label) for k, label in
-             (('draw', 'a slot draws; the device decodes'), ('wait', 'a slot waits for its tool'),
+             (('draw', 'a session draws; the device decodes'), ('wait', 'a session waits for its tool'), ('ready', 'a session waits for a slot'),
               ('prefill', 'the device reads prompts and observations'), ('idle', 'the device has nothing to do'))]
-  figure.legend(handles=handles, loc='outside lower center', ncols=2, frameon=False)
+  figure.legend(handles=handles, loc='outside lower center', ncols=3, frameon=False)
   figure.savefig(path, dpi=110)
 
 

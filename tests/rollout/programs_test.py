@@ -41,6 +41,8 @@ SETTINGS = {
     '4 slots': (dict(slots=4), {}),
     '16 slots': (dict(slots=16, capacities=(96,)), {}),
     '64 slots': (dict(slots=64, capacities=(96,)), {}),
+    'more seats than slots': (dict(slots=2, seats=6, capacities=(96,), room=288), {}),
+    'more seats than there is room for': (dict(slots=2, seats=6, capacities=(96,)), {}),
     'swapping at once': (dict(slots=2, capacities=(96,)), dict(patience=0.0)),
     'swapping, little host memory': (dict(slots=2, capacities=(96,)), dict(patience=0.0, parked_bytes=20_000)),
     'no host memory': (dict(slots=2, capacities=(96,)), dict(patience=0.0, parked_bytes=0)),

@@ -95,7 +95,7 @@ def test_what_is_opened_ends_with_the_program_and_is_not_collected(tiny):
   got = collect(tiny, [fails] * 6)
   assert [t.status for t in got] == [Status.AGENT_FAILURE] * 6
   assert {o.trajectory.status for o in opened} == {Status.CUT} and len(opened) == 12
-  assert all(o.slot is None and o.parked is None for o in opened)
+  assert all(o.seat is None and o.parked is None for o in opened)
 
 
 def test_a_role_with_a_program_of_its_own_is_collected_after_who_opened_it(tiny):

@@ -205,10 +205,10 @@ def test_a_picture_shows_what_was_done_longest():
   found = timeline.picture(bins=4)
   assert found == {'seconds': 4.0, 'bins': 4, 'rows': [
       ('device', [('decode', 0, 2)]),
-      ('slot 0', [('draw', 0, 1)]),  # of the second second it drew 0.4 and was free 0.6
-      ('slot 1', [('wait', 1, 4)])]}
-  assert json.loads(json.dumps(found))['rows'][1] == ['slot 0', [['draw', 0, 1]]]
-  assert made_of().picture(bins=4)['rows'] == [('device', []), ('slot 0', []), ('slot 1', [])]
+      ('seat 0', [('draw', 0, 1)]),  # of the second second it drew 0.4 and was free 0.6
+      ('seat 1', [('wait', 1, 4)])]}
+  assert json.loads(json.dumps(found))['rows'][1] == ['seat 0', [['draw', 0, 1]]]
+  assert made_of().picture(bins=4)['rows'] == [('device', []), ('seat 0', []), ('seat 1', [])]
 
 
 def test_a_picture_loses_little_of_a_real_timeline(mixed):
@@ -223,12 +223,12 @@ def test_a_trace_has_a_row_a_slot_and_one_for_the_device(mixed):
   _, _, timeline, _ = mixed
   trace = json.loads(json.dumps(timeline.trace()))
   named = {e['tid']: e['args']['name'] for e in trace['traceEvents'] if e['name'] == 'thread_name'}
-  assert named == {0: 'device', 1: 'slot 0', 2: 'slot 1', 3: 'slot 2', 4: 'slot 3'}
+  assert named == {0: 'device', 1: 'seat 0', 2: 'seat 1', 3: 'seat 2', 4: 'seat 3'}
   order = {e['tid']: e['args']['sort_index'] for e in trace['traceEvents'] if e['name'] == 'thread_sort_index'}
   assert order == {tid: tid for tid in named}
   spans = [e for e in trace['traceEvents'] if e['ph'] == 'X']
   assert len(spans) == len(timeline.stretches) and len(trace['traceEvents']) == len(spans) + 10
-  assert {e['name'] for e in spans if e['tid']} == {'draw', 'wait'}
+  assert {e['name'] for e in spans if e['tid']} == {'draw', 'ready', 'wait'}
   assert {e['args']['session'] for e in spans if e['tid']} == {f'task-{n}/0' for n in range(10)}
   assert sum(e['dur'] for e in spans if e['name'] == 'decode') == pytest.approx(1e6 * spent(timeline, 'decode'), rel=0.01)
 

@@ -55,9 +55,9 @@ def test_the_timeline_is_that_of_the_last_rl_step(done):
   workdir, first = done
   second = timelines.read(workdir)
   assert (first['step'], second['step']) == (4, lines_of(workdir, 'rl')[-1]['step'])
-  assert second['stage'] == 'rl' and [name for name, _ in second['rows']] == ['device', *(f'slot {i}' for i in range(8))]
+  assert second['stage'] == 'rl' and [name for name, _ in second['rows']] == ['device', *(f'seat {i}' for i in range(32))]
   kinds = {kind for _, runs in second['rows'] for kind, _, _ in runs}
-  assert {'decode', 'draw'} <= kinds <= {'decode', 'prefill', 'idle', 'linger', 'draw', 'wait'}
+  assert {'decode', 'draw'} <= kinds <= {'decode', 'prefill', 'idle', 'linger', 'draw', 'ready', 'wait'}
   assert (workdir / timelines.FILE_NAME).stat().st_size < 100_000
 
 
@@ -71,7 +71,7 @@ def test_chosen_steps_are_traced(done):
     spans = [e for e in trace['traceEvents'] if e['ph'] == 'X']
     assert {e['name'] for e in spans} >= {'decode', 'draw'} and all(e['dur'] >= 0 and e['ts'] >= 0 for e in spans)
     names = [e['args']['name'] for e in trace['traceEvents'] if e['name'] == 'thread_name']
-    assert names == ['device', *(f'slot {i}' for i in range(8))]
+    assert names == ['device', *(f'seat {i}' for i in range(32))]
 
 
 def test_a_step_of_each_stage_is_profiled(done):
@@ -87,7 +87,7 @@ def test_a_step_of_each_stage_is_profiled(done):
 def test_the_report_shows_it(done):
   page = (done[0] / 'report.html').read_text()
   section = page[page.index('<h2>Engine</h2>'):]
-  assert 'idle, all wait for tools' in section and 'slots over time: the rollout of step' in section
+  assert 'idle, all wait for tools' in section and 'seats over time: the rollout of step' in section
 
 
 def profiled(folder):

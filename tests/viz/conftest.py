@@ -177,7 +177,7 @@ def make_run(folder: pathlib.Path) -> pathlib.Path:
                   for t, a in zip(group, total - total.mean())]
     trajectories.write(step, group, {'advantages': advantages})
   rows = [('device', [('prefill', 0, 1), ('decode', 1, 9), ('idle', 9, 10)])]
-  rows += [(f'slot {i}', [('draw', 0, 4 + i % 4), ('wait', 4 + i % 4, 9)]) for i in range(64)]
+  rows += [(f'seat {i}', [('draw', 0, 4 + i % 4), ('wait', 4 + i % 4, 9)]) for i in range(64)]
   timelines.write(folder, 279, 'rl', {'seconds': 2.0, 'bins': 10, 'rows': rows})
   (folder / 'config.json').write_text(
       json.dumps({

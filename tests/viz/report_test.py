@@ -112,7 +112,7 @@ def test_the_engine_has_a_section_of_its_own(text):
   assert re.findall(r'<figcaption>(.*?)</figcaption>', section) == [
       'last rollout: step 279, 2 s', 'wall time of a rollout (s)', 'shares', 'tokens of a step',
       'sessions wait: seconds, added up over sessions', 'tokens per second of the device alone',
-      'slots over time: the rollout of step 279 (rl); blank where a slot is free and while the host is at work'
+      'seats over time: the rollout of step 279 (rl); blank where a seat is free and while the host is at work'
   ]
   shares = re.findall(r'width:([\d.]+)%', section)
   assert shares == ['80.00', '5.00', '10.00', '2.50', '2.50']  # of 2 s
@@ -132,7 +132,7 @@ def test_the_timeline_has_a_span_for_every_run_of_bins(text):
   # The rows do not overlap, and every eighth slot is named.
   tops = [float(y) for y in re.findall(r'M[\d.]+ ([\d.]+)H', spans[3])]
   assert tops == sorted(tops) and {b - a for a, b in zip(tops, tops[1:])} == {7.0}
-  assert re.findall(r'>(slot \d+)<', svg) == [f'slot {i}' for i in range(0, 64, 8)]
+  assert re.findall(r'>(seat \d+)<', svg) == [f'seat {i}' for i in range(0, 64, 8)]
   left, right = (float(x) for x in re.search(r'M([\d.]+) [\d.]+H([\d.]+)', spans[1]).groups())
   prefill = re.search(r'M([\d.]+) [\d.]+H([\d.]+)', spans[0]).groups()
   assert float(prefill[1]) == left and right - left == pytest.approx(8 * (left - float(prefill[0])), abs=0.5)
