@@ -35,8 +35,12 @@ def layouts_for(capacities: Sequence[int], slots: int, context: int, block: int)
 
   In the widest single row any number of slots may have as many of them as there are.
 
-  >>> layouts_for((64, 128, 288), 4, 300, 32)
-  (Layout(rows=4, blocks=2, single=True), Layout(rows=4, blocks=4, single=True), Layout(rows=4, blocks=4, single=False), Layout(rows=12, blocks=3, single=False))
+  >>> for layout in layouts_for((64, 128, 288), 4, 300, 32):
+  ...   print(*layout)
+  4 2 True
+  4 4 True
+  4 4 False
+  12 3 False
   """
   shapes = []
   for capacity in capacities:

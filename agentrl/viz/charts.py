@@ -166,7 +166,8 @@ def span_chart(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, int, in
     legend: What the colours mean.
   """
   thick = 14
-  height, every = next((h, e) for most, h, e in ((20, thick, 1), (40, 9, 8), (80, 7, 8), (len(rows), 3, 32)) if len(rows) <= most)
+  sizes = ((20, thick, 1), (40, 9, 8), (80, 7, 8), (len(rows), 3, 32))
+  height, every = next((height, every) for most, height, every in sizes if len(rows) <= most)
   tops = [_SPAN_TOP] + [_SPAN_TOP + thick + _SPAN_GAP + i * height for i in range(len(rows) - 1)]
   bottom = tops[-1] + height
   x = lambda at: _SPAN_LEFT + at / bins * (_SPAN_WIDTH - _SPAN_LEFT - _SPAN_RIGHT)

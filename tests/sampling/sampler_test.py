@@ -12,7 +12,8 @@ import pytest
 from agentrl.metrics.timing import CompileCounter
 from agentrl.models.params import init_params, param_axes
 from agentrl.sampling.contexts import CacheFull
-from agentrl.sampling.sampler import Extension, Sampler, SlotRequest, buckets
+from agentrl.sampling.sampler import Extension, Sampler, SlotRequest
+from agentrl.sampling.sizes import buckets
 from agentrl.sharding import mesh as meshes
 
 TOKENS = np.random.default_rng(0).integers(2, 300, 80).astype(np.int32)
