@@ -160,8 +160,10 @@ class Sampler:
     on = jax.default_backend()
     self.block = min(block or (TPU_BLOCK if on == 'tpu' else block_of(context, CPU_BLOCK if on == 'cpu' else 64)), context)
     capacities = sorted(capacities or buckets(min(64, context), context))
+    room = room or capacities[-1]
     # Where a step reads what it is given and not all of the cache, its size hardly matters: few are compiled.
-    rooms = thinned({*capacities, room or capacities[-1]}) if on == 'cpu' else [*capacities, room or capacities[-1]]
+    rooms = [*(c for c in capacities if c < room), room]
+    rooms = thinned(rooms) if on == 'cpu' else rooms
     even = min(slots, 8)  # a mesh splits the blocks evenly
     sizes = sorted({-(-slots * tokens // (self.block * even)) * even for tokens in rooms})
     if sizes[-1] * self.block < context:

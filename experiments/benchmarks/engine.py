@@ -230,8 +230,8 @@ def prefixes() -> dict:
 
   jobs = [Job(Task(str(i), 'benchmark', (), None), k, str(i), program(i)) for i in range(tasks) for k in range(group)]
   context = system + PROMPT + TURN
-  # In tokens a slot on average, what is shared being there once.
-  engine = make_engine(SLOTS, context, (48, 64, 72, 76), block=8)
+  # Room in tokens a slot on average, what is shared being there once.
+  engine = make_engine(SLOTS, context, (64, 128), block=8, room=76)
   started = time.perf_counter()
   engine.collect(jobs)
   stats = engine.stats
