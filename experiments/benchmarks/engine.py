@@ -62,7 +62,7 @@ SHOWN_SECONDS = 8.0  # of the timelines that are kept
 
 def make_engine(slots: int, context: int, capacities, **settings) -> Engine:
   """Returns an engine that has compiled all that it will need."""
-  sampler = Sampler(model(), slots=slots, context=context, chunk=16, capacities=capacities,
+  sampler = Sampler(model(), slots=slots, context=context, chunk=TURN, capacities=capacities,
                     token_buckets=(OBSERVATION, PROMPT),
                     **{name: settings.pop(name) for name in ('block', 'seats', 'room') if name in settings})
   sampler.set_params(params())
