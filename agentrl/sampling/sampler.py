@@ -169,7 +169,7 @@ class Sampler:
     sizes = sorted({-(-slots * tokens // (self.block * even)) * even for tokens in rooms})
     if sizes[-1] * self.block < context:
       raise ValueError(f'the cache would have room for {sizes[-1] * self.block} tokens, {slots} slots of {rooms[-1]}, '
-                       f'but one context may have {context}; raise capacities or lower context')
+                       f'but one context may have {context}; raise room or capacities, or lower context')
     sizes[-1] = max(sizes[-1], -(-context // self.block) + 1)  # a block may have to be copied
     self._all_layouts = readings.layouts_for(capacities, slots, context, self.block)
     self.row_buckets = tuple(sorted(row_buckets or {min(2, slots), min(8, slots), slots}))

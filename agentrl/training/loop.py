@@ -34,7 +34,7 @@ from agentrl.training.watch import Profiler, Timelines
 
 # Settings that may differ when a run goes on: they do not change what was done so far, or on which devices it is done.
 CHANGEABLE = ('stages', 'sft.steps', 'rl.steps', 'rl.trajectories_every', 'eval.', 'checkpoint.', 'report', 'mesh.',
-              'rollout.mesh', 'rollout.slots')
+              'rollout.mesh', 'rollout.slots', 'rollout.seats', 'rollout.room')
 MAX_REJECTED = 3
 # How long a file that another process wrote may take to be seen, seconds.
 _VISIBLE_SECONDS = 30
