@@ -84,7 +84,7 @@ def get_config() -> ConfigDict:
   c.rollout.mesh = ConfigDict()
   c.rollout.devices = 0  # of the run, the last ones: for sampling alone, the learner has the others; 0 shares all
   c.rollout.slots = 64  # sessions that draw at a time, of a process
-  c.rollout.seats = 0  # sessions in the cache at a time, those included that wait for their tools; 0 for four a slot
+  c.rollout.seats = 0  # sessions in the cache at a time, those included that wait for their tools; 0 for four a slot, on GPUs one
   c.rollout.chunk = 8  # tokens a slot draws between two looks of the host
   c.rollout.turn_tokens = 64
   c.rollout.trajectory_tokens = 192

@@ -371,9 +371,9 @@ class Engine:
   def _patience_seconds(self) -> float:
     """How long a session may wait in a seat that others want.
 
-    While it waits a slot may have nobody to draw for; while it leaves for host memory, and comes back, none has. So it
-    leaves at once where waits usually cost more than that, and else when this one has. What there is no host memory for has to be
-    computed again, which takes about a chunk.
+    While it waits a slot may have nobody to draw for; while it leaves for host memory, and comes back, none draws. So it
+    leaves at once where waits usually cost more than that, and else when this one has. What there is no host memory for
+    has to be computed again, which takes about a chunk.
     """
     if self._patience is not None:
       return self._patience

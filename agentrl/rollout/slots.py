@@ -1,4 +1,4 @@
-"""Who draws next: which sessions have a seat in the cache, which of these draw, who waits for a seat and who gives theirs up.
+"""Who draws next: which sessions have a seat in the cache, which of these draw, who waits for one, who gives theirs up.
 
 A session that waits for a tool keeps its seat while nobody else wants it: that costs room, but no time. Once it has waited
 longer than it is given and another has nowhere to go, its part of the cache goes to host memory, or, where that is full, is
@@ -112,7 +112,7 @@ class Slots:
   # ---- between draws ----------------------------------------------------------------------------
 
   def admit(self, patience: float):
-    """Gives seats to those who could draw next: free ones, and those of sessions that wait longer than `patience`, seconds."""
+    """Gives seats to those who could draw next: free ones, and of sessions that wait longer than `patience`, seconds."""
     self._catch_up()
     if not self.queue:
       return
@@ -146,7 +146,7 @@ class Slots:
     return (*(rule(session, self.outlook) for rule in self._priorities), session.asked_at)
 
   def drawing(self) -> list[Session]:
-    """Returns those who draw now: of the sessions that are ready as many as there are slots, in the order of their seats."""
+    """Returns those who draw now: of the ready sessions as many as there are slots, in the order of their seats."""
     ordered = sorted(self.ready, key=self._rank) if len(self.ready) > self.sampler.slots else self.ready
     chosen, others, now = ordered[:self.sampler.slots], ordered[self.sampler.slots:], time.perf_counter()
     for session in chosen:

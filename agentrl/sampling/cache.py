@@ -140,16 +140,21 @@ def init(config: ModelConfig, blocks: int, block: int) -> Cache:
   return Cache(zeros(config.head_dim, block), zeros(block, config.head_dim))
 
 
-def init_fresh(cache: Cache, slots: int, columns: int, rows: Rows | None = None) -> Fresh:
-  """Returns a buffer with what `rows` says; without, an empty one for `columns` tokens of each slot."""
-  _, k, dh, p = cache.keys[0].shape
-  if rows is not None:
-    g, b = rows.blocks.shape
-    of = lambda x: x[rows.blocks].astype(jnp.float32)  # what CPUs can multiply, whatever the shapes
-    keys = tuple(of(x).transpose(0, 2, 3, 1, 4).reshape(g, k, dh, b * p) for x in cache.keys)
-    return Fresh(keys, tuple(of(x).transpose(0, 2, 1, 3, 4).reshape(g, k, b * p, dh) for x in cache.values))
+def init_fresh(cache: Cache, reading: Reading, columns: int) -> Fresh:
+  """Returns a buffer with what is to be gathered; if nothing is, an empty one for `columns` tokens of each slot."""
+  if reading.rows is not None:
+    return _side_by_side(cache, reading.rows)
+  slots, (_, k, dh, _) = reading.targets.shape[0], cache.keys[0].shape
   keys = tuple(jnp.zeros((slots, k, dh, columns), x.dtype) for x in cache.keys)
   return Fresh(keys, tuple(jnp.zeros((slots, k, columns, dh), x.dtype) for x in cache.values))
+
+
+def _side_by_side(cache: Cache, rows: Rows) -> Fresh:
+  """Returns a buffer with what `rows` says."""
+  (_, k, dh, p), (g, b) = cache.keys[0].shape, rows.blocks.shape
+  of = lambda x: x[rows.blocks].astype(jnp.float32)  # what CPUs can multiply, whatever the shapes
+  keys = tuple(of(x).transpose(0, 2, 3, 1, 4).reshape(g, k, dh, b * p) for x in cache.keys)
+  return Fresh(keys, tuple(of(x).transpose(0, 2, 1, 3, 4).reshape(g, k, b * p, dh) for x in cache.values))
 
 
 def resize(cache: Cache, blocks: int) -> Cache:
@@ -193,7 +198,7 @@ def gather(cache: Cache, rows: Rows, shared: jax.Array) -> tuple[Cache, Fresh]:
     rows: What to gather.
     shared: [M] int32. See `Reading`, in which they are then blocks 0 to M - 1.
   """
-  return jax.tree.map(lambda x: x[shared].astype(jnp.float32), cache), init_fresh(cache, 0, 0, rows)
+  return jax.tree.map(lambda x: x[shared].astype(jnp.float32), cache), _side_by_side(cache, rows)
 
 
 def store(cache: Cache, fresh: Fresh, reading: Reading, first: jax.Array, counts: jax.Array, columns: int) -> Cache:

@@ -169,7 +169,7 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
   Returns:
     The cache, now holding all but the last drawn token of each slot, and what was drawn.
   """
-  fresh = caches.init_fresh(cache, pending.shape[0], steps, reading.rows)
+  fresh = caches.init_fresh(cache, reading, steps)
   fresh, out = run(params, cache, fresh, reading, pending, lengths, budgets, seeds, stops, floor, steps=steps,
                    config=config, sampling=sampling, masks=masks, kernels=kernels)
   return caches.store(cache, fresh, reading, lengths, out.counts, steps), out

@@ -403,11 +403,11 @@ class Sampler:
       todo = [(w, done + widest) for w, done in todo if len(w.tokens) - done > widest]
 
   def _alike(self, rows: list[tuple[Write, int]]) -> list[list[tuple[Write, int]]]:
-    """Cuts rows into those of a call: without kernels, which know where each ends, all read as far as the longest."""
-    rows, sizes = sorted(rows, key=lambda row: row[0].start + row[1]), self.row_buckets
-    ends = [w.start + done for w, done in rows]
-    ragged = self._layouts and ends[-1] * len(ends) > RAGGED * sum(ends)
-    return split_rows(rows, sizes[:-1] or sizes if ragged else sizes)
+    """Cuts rows into those of a call. On a CPU all of a call read as far as the longest: those of like length go together."""
+    starts = sorted(w.start + done for w, done in rows)
+    if not self._layouts or starts[-1] * len(starts) <= RAGGED * sum(starts):
+      return split_rows(rows, self.row_buckets)
+    return split_rows(sorted(rows, key=lambda row: row[0].start + row[1]), self.row_buckets[:-1] or self.row_buckets)
 
   def _write_rows(self, part: list[tuple[Write, int]], width: int, policy: str):
     rows = next(b for b in self.row_buckets if b >= len(part))

@@ -96,7 +96,7 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
     The cache and what was drawn; its arrays are [S, steps x W].
   """
   columns = steps * (speculation.tokens + 1)
-  fresh = caches.init_fresh(cache, pending.shape[0], columns, reading.rows)
+  fresh = caches.init_fresh(cache, reading, columns)
   fresh, out = run(params, cache, fresh, reading, pending, lengths, budgets, seeds, stops, floor, history, steps=steps,
                    config=config, speculation=speculation, **more)
   return caches.store(cache, fresh, reading, lengths, out.counts, columns), out

@@ -41,7 +41,8 @@ from agentrl.training.init_from import check_tokenizer, copy_tokenizer, load_par
 from agentrl.training.watch import Timelines
 
 TOKENIZER_NAME = 'tokenizer.model'
-SEATS_A_SLOT = 4  # where rollout.seats is 0
+# Where rollout.seats is 0. On GPUs a step reads all of the cache, what waits included.
+SEATS_A_SLOT = {'gpu': 1, 'cpu': 4, 'tpu': 4}
 
 
 @dataclasses.dataclass
@@ -106,7 +107,8 @@ class Parts:
       speculation = Speculation(r.speculate, r.speculate_ngram) if r.speculate else None
       sampler = Sampler(self.model, slots=r.slots, context=r.context_tokens, chunk=r.chunk, sampling=sampling,
                         capacities=r.capacities or None, token_buckets=r.token_buckets or None, block=r.block,
-                        seats=r.seats or SEATS_A_SLOT * r.slots, room=r.room, mesh=self.sampler_mesh, speculation=speculation, constrained=r.constrain)
+                        seats=r.seats or SEATS_A_SLOT[jax.default_backend()] * r.slots, room=r.room,
+                        mesh=self.sampler_mesh, speculation=speculation, constrained=r.constrain)
       for name, folder in r.policies.items():
         key = f'rollout.policies.{name}'
         check_tokenizer(folder, pathlib.Path(self.config.tokenizer.path or self.workdir / TOKENIZER_NAME), key)

@@ -181,7 +181,7 @@ def test_the_device_does_one_thing_at_a_time_as_long_as_the_stats_say(mixed):
     assert all(a.end <= b.start + 1e-9 for a, b in itertools.pairwise(own))
 
 
-def test_what_a_slot_is_at_goes_on_after_a_cut():
+def test_what_is_done_in_a_seat_goes_on_after_a_cut():
   timeline = Timeline(2)
   timeline.begin(1, 'a', 'draw')
   first = timeline.cut()
@@ -219,7 +219,7 @@ def test_a_picture_loses_little_of_a_real_timeline(mixed):
     assert shown * picture['seconds'] / 2_000 == pytest.approx(spent(timeline, kind), rel=0.1, abs=0.02)
 
 
-def test_a_trace_has_a_row_a_slot_and_one_for_the_device(mixed):
+def test_a_trace_has_a_row_a_seat_and_one_for_the_device(mixed):
   _, _, timeline, _ = mixed
   trace = json.loads(json.dumps(timeline.trace()))
   named = {e['tid']: e['args']['name'] for e in trace['traceEvents'] if e['name'] == 'thread_name'}

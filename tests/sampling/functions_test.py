@@ -73,7 +73,7 @@ class Lab:
     lengths = np.asarray(lengths, np.int32)
     first = lengths if first is None else np.asarray(first, np.int32)
     reading = self.pages.reading(first, shared, row)
-    fresh = caches.init_fresh(cache, SLOTS, STEPS, reading.rows)
+    fresh = caches.init_fresh(cache, reading, STEPS)
     for at in range(max(lengths - first) + 1):
       now = np.minimum(first + at, lengths)
       pending = tokens[np.arange(SLOTS), now][:, None]

@@ -120,7 +120,7 @@ def test_a_wide_step_predicts_what_the_learner_does(lab, at, first):
   guesses = np.zeros((SLOTS, 4), np.int32)
   guesses[:, :width] = tokens[:, at:at + width]
   cache, reading = lab.filled(tokens, begun, 1.0), lab.pages.reading(begun, (), lab.row)
-  fresh = caches.init_fresh(cache, SLOTS, 16, reading.rows)
+  fresh = caches.init_fresh(cache, reading, 16)
   for done in range(first, at, 4):
     fresh, _ = jit_wide(view()[0], cache, fresh, reading, tokens[:, done:done + 4], np.full(SLOTS, done, np.int32), begun)
   _, logits = jit_wide(view()[0], cache, fresh, reading, guesses, lengths, begun)

@@ -129,7 +129,7 @@ def test_the_timeline_has_a_span_for_every_run_of_bins(text):
   assert names == ['2', '0', '1', '0', '1']
   spans = re.findall(r'd="(.*?)"', svg)
   assert [path.count('M') for path in spans] == [1, 1, 1, 64, 64] and set(paths) == {'0', '1', '2'}
-  # The rows do not overlap, and every eighth slot is named.
+  # The rows do not overlap, and every eighth seat is named.
   tops = [float(y) for y in re.findall(r'M[\d.]+ ([\d.]+)H', spans[3])]
   assert tops == sorted(tops) and {b - a for a, b in zip(tops, tops[1:])} == {7.0}
   assert re.findall(r'>(seat \d+)<', svg) == [f'seat {i}' for i in range(0, 64, 8)]
