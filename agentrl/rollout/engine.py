@@ -37,6 +37,8 @@ Program = Callable[[Session], Awaitable[None]]
 LINGER_SECONDS = (0.002, 0.05)
 # Share of waits that must be so short, for this to be worth it.
 QUICK = 0.5
+# A program that is cancelled has so many seconds to clean up; one that goes on is closed where it stands.
+CLEAN_UP_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +146,8 @@ class Engine:
         sessions = [self.begin(job) for job in jobs]
         while self._tasks:
           await self.serve()
-        for outcome in await asyncio.gather(*(run for _, run in self._adopted), return_exceptions=True):
+        runs = [run for _, run in self._adopted if run not in self._closed]
+        for outcome in await asyncio.gather(*runs, return_exceptions=True):
           if isinstance(outcome, Exception):
             raise outcome
     finally:
@@ -162,6 +165,7 @@ class Engine:
     self.version = policy_version
     self._wake, self._called = asyncio.Event(), False
     self._adopted = []
+    self._closed: set[asyncio.Task] = set()  # by force: what asyncio says came of them tells nothing
     clock = None
     if budget.seconds:
       clock = asyncio.get_running_loop().call_later(
@@ -172,7 +176,7 @@ class Engine:
       if clock:
         clock.cancel()
       for task in list(self._tasks):
-        task.cancel()
+        self._cancel(task)
       await asyncio.gather(*self._tasks, return_exceptions=True)
       # A decode that was under way when we were cancelled would write the next collection's cache.
       self._pool.submit(lambda: None).result()
@@ -254,7 +258,30 @@ class Engine:
     if not self._cutting:
       self._cutting = why
       for straggler in self._tasks:
-        straggler.cancel()
+        self._cancel(straggler)
+
+  def _cancel(self, program: asyncio.Task):
+    """Has a program end."""
+    program.cancel()
+    self._close_after(CLEAN_UP_SECONDS, program)
+
+  def _close_after(self, seconds: float, program: asyncio.Task):
+    """Ends a program that is still there after so many seconds.
+
+    One that catches CancelledError and goes on can be cancelled as often as one likes; GeneratorExit it does not catch.
+    """
+    def close():
+      logging.error('A program went on for %g s after it was cancelled, and is closed. It should let CancelledError pass.',
+                    CLEAN_UP_SECONDS)
+      self._closed.add(program)
+      try:
+        program.get_coro().close()
+      except RuntimeError as e:
+        logging.error('It catches GeneratorExit as well, and nothing ends it but itself: %s', e)
+      program.cancel()
+
+    clock = asyncio.get_running_loop().call_later(seconds, close)
+    program.add_done_callback(lambda _: clock.cancel())
 
   def spend(self, **used: int):
     """Takes note of what was used, by the names of `Budget`, and ends all where that was the last of it."""
@@ -270,6 +297,7 @@ class Engine:
     session.waiting_since = started
     trajectory = session.trajectory
     clock = asyncio.timeout(session.limits.seconds)
+    self._close_after(session.limits.seconds + CLEAN_UP_SECONDS, asyncio.current_task())
     try:
       async with clock:
         await program(session)
@@ -290,6 +318,8 @@ class Engine:
         e = TimeoutError(f'the program did not end within {session.limits.seconds:g} s')
       logging.exception('The agent program failed on task %s', trajectory.task.id)
       session.finish(Status.AGENT_FAILURE, boundary=Boundary.AGENT, detail=f'{type(e).__name__}: {e}')
+    except GeneratorExit:  # see `_close_after`
+      session.finish(Status.AGENT_FAILURE, boundary=Boundary.AGENT, detail='the program went on after it was cancelled')
     finally:
       now = time.perf_counter()
       trajectory.seconds = now - started

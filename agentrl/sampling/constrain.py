@@ -12,11 +12,13 @@ Axes: S slots, n tokens of a call, W tokens of a step (1 without speculation), V
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Mapping, Sequence
 import zlib
 
 from absl import logging
 import jax
+from jax.experimental.buffer_callback import buffer_callback
 import jax.numpy as jnp
 import numpy as np
 
@@ -265,11 +267,17 @@ class MaskTable:
     """
     asked = [counts[:, None], *([] if proposals is None else [proposals]), tokens]
     shape = jax.ShapeDtypeStruct(self._out.shape, jnp.uint32)
-    masks = jax.pure_callback(self._answer, shape, self._spread(jnp.concatenate(asked, axis=1)))
-    return unpack(self._spread(masks), self._vocab_size)
+    ask = functools.partial(jax.pure_callback, self._answer, shape)
+    if self.everywhere is None:
+      # On CPUs the host reads and writes the device's own memory, at a tenth of the cost.
+      ask = functools.partial(jax.lax.platform_dependent, cpu=buffer_callback(self._answer_into, shape), default=ask)
+    return unpack(self._spread(ask(self._spread(jnp.concatenate(asked, axis=1)))), self._vocab_size)
 
   def _spread(self, x: jax.Array) -> jax.Array:
     return x if self.everywhere is None else jax.lax.with_sharding_constraint(x, self.everywhere)
+
+  def _answer_into(self, _: Any, out: Any, asked: Any):
+    np.asarray(out)[...] = self._answer(asked)
 
   def _answer(self, asked: Any) -> np.ndarray:
     width = self._out.shape[1]

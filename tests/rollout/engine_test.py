@@ -13,7 +13,8 @@ import pytest
 
 from agentrl.core.types import Boundary, Status
 from agentrl.metrics.timing import CompileCounter
-from agentrl.rollout.budget import Limits
+from agentrl.rollout import engine as engines
+from agentrl.rollout.budget import Budget, Limits
 from agentrl.rollout.engine import LINGER_SECONDS, Engine, Job
 from agentrl.rollout.session import Mark
 from agentrl.sampling import contexts
@@ -406,6 +407,31 @@ def test_bad_programs_end_their_own_trajectory_alone(tiny, plain, bad):
     assert {t.policy_version for t in trajectories} == {3}
     # Slots and queues are free again.
     check_same(plain[:4], engine.collect(good[:4]))
+
+
+@pytest.mark.parametrize('ended_by', ['its own time', 'the time of all', 'enough others'])
+def test_a_program_that_cannot_be_cancelled_is_closed(tiny, plain, monkeypatch, ended_by):
+  monkeypatch.setattr(engines, 'CLEAN_UP_SECONDS', 0.1)
+  done = []
+
+  async def hears_nothing(session):
+    session.append(PROMPT)
+    while True:
+      try:
+        await asyncio.sleep(60)
+      except asyncio.CancelledError:
+        pass
+
+  jobs = [*jobs_of(tiny), Job(tiny.task(99), 0, 'deaf', hears_nothing)]
+  own, of_all = {'its own time': (3.0, 0.0), 'the time of all': (60.0, 3.0), 'enough others': (60.0, 0.0)}[ended_by]
+  with tiny.engine(seconds=own) as engine:
+    *others, deaf = engine.collect(jobs, on_done=done.append, budget=Budget(seconds=of_all),
+                                   enough=0.5 if ended_by == 'enough others' else 1.0)
+    assert (deaf.status, deaf.boundary) == AGENT and 'went on after it was cancelled' in deaf.detail
+    assert done.count(deaf) == 1
+    if ended_by != 'enough others':
+      check_same(plain, others)
+    check_same(plain[:4], engine.collect(jobs[:4]))
 
 
 def test_a_cancelled_turn_leaves_the_context_as_it_was(tiny):
