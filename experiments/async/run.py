@@ -3,7 +3,7 @@
     taskset -c 1 python experiments/async/run.py                     # what is missing
     taskset -c 1 python experiments/async/run.py --table             # the table of README.md
 
-A run takes about a minute of one core. Ctrl-C ends it after the step in progress; the same command goes on.
+A run of 30 steps takes about a minute of one core. Ctrl-C ends it after the step in progress; the same command goes on.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CURVE = ('success', 'reward', 'entropy', 'staleness/mean', 'staleness/max', 'sta
          'seconds/update', 'seconds')
 
 
-def config_of(setting: str, seed: int, cold_start: pathlib.Path, tasks: int) -> ConfigDict:
+def config_of(setting: str, seed: int, cold_start: pathlib.Path, tasks: int, steps: int) -> ConfigDict:
   """Returns the config of a run."""
   config = config_lib.load(_ROOT / 'configs' / 'asynchronous.py', None, _ROOT / 'configs' / 'base.py')
   with config.rl.unlocked():
@@ -52,6 +52,7 @@ def config_of(setting: str, seed: int, cold_start: pathlib.Path, tasks: int) -> 
       config.rl[key] = value
   config.seed = seed
   config.data.options.size = tasks
+  config.rl.steps = steps
   config.checkpoint.init_from = str(cold_start)
   config.stages = ('rl', 'eval:final')
   return config
@@ -98,26 +99,28 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--seeds', default='0,1,2', help='comma-separated')
   parser.add_argument('--settings', default=','.join(SETTINGS), help='comma-separated')
+  parser.add_argument('--steps', type=int, default=60, help='of a run')
   parser.add_argument('--tasks', type=int, default=4_096, help='training tasks of a run')
   parser.add_argument('--runs', type=pathlib.Path, default=_ROOT / 'runs' / 'methods', help='where the cold start is')
-  parser.add_argument('--out', type=pathlib.Path, default=_HERE / 'results', help='where results are kept')
+  parser.add_argument('--out', type=pathlib.Path, default=_HERE / 'results', help='where results are kept, in a folder of the steps')
   parser.add_argument('--table', action='store_true', help='print the table and end')
   options = parser.parse_args()
+  results = options.out / str(options.steps)
   if options.table:
-    print(table(options.out))
+    print(table(results))
     return
   logging.set_verbosity(logging.ERROR)
   jax.config.update('jax_compilation_cache_dir', str(options.runs / 'compiled'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   cold_start, console = options.runs / methods.COLD_START, rich.console.Console()
   methods.make_cold_start(cold_start, console, methods.known_keys(_ROOT / 'experiments' / 'methods' / 'results'))
-  options.out.mkdir(parents=True, exist_ok=True)
+  results.mkdir(parents=True, exist_ok=True)
   for seed in map(int, options.seeds.split(',')):
     for setting in options.settings.split(','):
-      out = options.out / f'{setting}_seed{seed}.json'
+      out = results / f'{setting}_seed{seed}.json'
       if not out.exists():
-        config = config_of(setting, seed, cold_start, options.tasks)
-        execute(setting, seed, config, options.runs / f'async_{setting}_seed{seed}', out)
+        config = config_of(setting, seed, cold_start, options.tasks, options.steps)
+        execute(setting, seed, config, options.runs / f'async_{setting}_{options.steps}_seed{seed}', out)
         console.print(f'{out.stem}: success {json.loads(out.read_text())["final"]["success"]:.3f}')
 
 

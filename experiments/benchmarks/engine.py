@@ -12,7 +12,7 @@ waiting: sessions of geometrically many turns (mean 6) of 32 tokens; after each 
     kept       the same, and what older weights computed of a context is kept (`rl.keep_cache`)
 
 Each iteration brings weights, so that, but for kept, nothing of the cache outlives it. That all trajectories are equal is
-checked. A run has hundreds of iterations and these have six: what partial rollouts give is also measured from the first
+checked. A run has hundreds of iterations and these have eight: what partial rollouts give is also measured from the first
 that is taken to the last for which there was still more to begin, before the last sessions have the slots to themselves.
 
 prefixes: 64 tasks with a system prompt of 1,000 tokens in common, 8 samples each: known tokens computed, and the cache's
@@ -52,10 +52,10 @@ from agentrl.rollout.stream import Order, Stream
 from agentrl.sampling.sampler import Sampler
 
 _RESULTS = pathlib.Path(__file__).resolve().parent / 'results'
-SLOTS, GROUP, GROUPS, ITERATIONS, STALENESS = 32, 4, 16, 6, 2
+SLOTS, GROUP, GROUPS, ITERATIONS, STALENESS = 32, 4, 16, 8, 2
 PROMPT, TURN, OBSERVATION, MEAN_TURNS, MOST_TURNS, SIGMA = 64, 32, 16, 6, 20, 0.75
 CONTEXT = PROMPT + MOST_TURNS * (TURN + OBSERVATION)
-CAPACITIES = (96, 128, 192, 256, 384, 512)
+CAPACITIES = (96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 SEATS, ROOM = 96, 768  # sessions in the cache; tokens that it has room for, a slot on average
 SHOWN_SECONDS = 8.0  # of the timelines that are kept
 
