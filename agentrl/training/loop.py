@@ -19,6 +19,7 @@ import numpy as np
 from agentrl.checkpointing.checkpoints import Checkpointer
 from agentrl.core import config as configs
 from agentrl.core.registry import UnknownNameError
+from agentrl.metrics import memory
 from agentrl.metrics.progress import Progress
 from agentrl.metrics.timing import CompileCounter
 from agentrl.metrics.writers import MetricsWriter
@@ -76,6 +77,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike,
     stack.enter_context(profiler)
     stop = stack.enter_context(_StopSignals())
     compiles = stack.enter_context(CompileCounterContext())
+    stack.enter_context(memory.returned_after_compiling())
     started = time.perf_counter()
     with _refusals():
       exchange.warm_up()

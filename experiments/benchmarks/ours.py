@@ -27,6 +27,7 @@ import numpy as np
 
 from agentrl.algorithms.grpo import grpo
 from agentrl.core.types import Status, Task
+from agentrl.metrics import memory
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import init_params, num_params
 from agentrl.rollout.budget import Limits
@@ -110,19 +111,29 @@ def decode(reps: int) -> dict:
   return {**times, 'tokens': W.batch * W.new_tokens, 'parameters': num_params(model())}
 
 
-def three_turns(reps: int, tool_seconds: float | None = None) -> dict:
+def three_turns(reps: int) -> dict:
   """Three turns over the live cache."""
   engine = make_engine(CONTEXT)
   engine.sampler.warm_up()
-  (_, turn_seconds), times = common.timed(lambda: roll(engine, W.turns, tool_seconds), reps)
+  (_, turn_seconds), times = common.timed(lambda: roll(engine, W.turns), reps)
   stats = dataclasses.asdict(engine.stats)
   return {**times, 'tokens': W.batch * W.turns * W.new_tokens, 'turn_seconds': turn_seconds,
           'parameters': num_params(model()), 'engine': stats}
 
 
 def three_turns_tool(reps: int) -> dict:
-  """The same with a tool that sleeps between turns."""
-  return three_turns(reps, common.TOOL_SECONDS)
+  """The same with a tool that sleeps between turns; in turn with one that returns at once, which tells what it adds."""
+  engine = make_engine(CONTEXT)
+  engine.sampler.warm_up()
+  seconds: dict[float | None, list[float]] = {None: [], common.TOOL_SECONDS: []}
+  for _ in range(reps + 1):
+    for tool, samples in seconds.items():
+      start = time.perf_counter()
+      roll(engine, W.turns, tool)
+      samples.append(time.perf_counter() - start)
+  without, (first, *samples) = seconds[None][1:], seconds[common.TOOL_SECONDS]
+  return {**common.summary(samples, first_seconds=first), 'added': [a - b for a, b in zip(samples, without)],
+          'tokens': W.batch * W.turns * W.new_tokens, 'parameters': num_params(model())}
 
 
 class Learner:
@@ -174,5 +185,6 @@ PHASES = {f.__name__: f for f in (decode, update, iteration, three_turns, three_
 
 if __name__ == '__main__':
   args = common.arguments(__doc__, PHASES)
-  common.report('agentrl', args, ['agentrl', 'jax', 'optax'], PHASES[args.phase](args.reps))
+  with memory.returned_after_compiling():  # as the training loop does
+    common.report('agentrl', args, ['agentrl', 'jax', 'optax'], PHASES[args.phase](args.reps))
   os._exit(0)

@@ -56,8 +56,8 @@ def test_a_missed_aim_is_said(run):
 def test_our_own_aims(run):
   pooled = run.pool([
       _record('agentrl', 'three_turns', 1, [3.0], turn_seconds=[0.9, 1.0, 1.2]),
-      _record('agentrl', 'three_turns', 2, [2.0], turn_seconds=[0.6, 0.6, 0.8]),
-      _record('agentrl', 'three_turns_tool', 2, [2.125], turn_seconds=[0.6, 0.6, 0.8])])
+      _record('agentrl', 'three_turns_tool', 2, [2.125, 2.5, 2.5], added=[0.125, 0.5, 0.125]),
+      _record('agentrl', 'three_turns_tool', 2, [2.5], added=[0.0])])
   turns, tool = run.compare(pooled)
   assert turns.figure == pytest.approx(0.75) and not turns.met
   assert tool.figure == 0.125 and tool.met
