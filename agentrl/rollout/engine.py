@@ -278,7 +278,8 @@ class Engine:
         program.get_coro().close()
       except RuntimeError as e:
         logging.error('It catches GeneratorExit as well, and nothing ends it but itself: %s', e)
-      program.cancel()
+      finally:
+        program.cancel()  # what it waited for may never come
 
     clock = asyncio.get_running_loop().call_later(seconds, close)
     program.add_done_callback(lambda _: clock.cancel())
