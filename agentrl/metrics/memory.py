@@ -1,4 +1,4 @@
-"""What compiling took of memory goes back to the system."""
+"""How much memory the process keeps that it does not use."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ import jax
 
 from agentrl.metrics.timing import COMPILE_EVENT
 
-# A compilation that took so long has left something worth returning, which takes some 10 ms.
+# Seconds of a compilation that leaves something worth returning, which takes some 10 ms.
 LONG = 0.2
+# Heaps that the threads share; by default each of up to eight a core comes to keep one of its own.
+ARENAS = 2
+_M_ARENA_MAX = -8  # of malloc.h
 
 
 @contextlib.contextmanager
-def returned_after_compiling() -> Iterator[None]:
-  """A block after whose long compilations what they freed is returned: else glibc keeps it, up to half of the process's
-  memory. Does nothing with other C libraries.
+def economical() -> Iterator[None]:
+  """A block in which what a long compilation frees goes back to the system, and threads share their heaps, beyond it as well.
+
+  By itself glibc keeps as much as the process uses. Does nothing with other C libraries.
   """
   try:
-    trim = ctypes.CDLL('libc.so.6').malloc_trim
+    libc = ctypes.CDLL('libc.so.6')
+    trim = libc.malloc_trim
+    libc.mallopt(_M_ARENA_MAX, ARENAS)
   except (OSError, AttributeError):
     yield
     return

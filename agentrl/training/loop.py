@@ -77,7 +77,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike,
     stack.enter_context(profiler)
     stop = stack.enter_context(_StopSignals())
     compiles = stack.enter_context(CompileCounterContext())
-    stack.enter_context(memory.returned_after_compiling())
+    stack.enter_context(memory.economical())
     started = time.perf_counter()
     with _refusals():
       exchange.warm_up()

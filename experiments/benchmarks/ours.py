@@ -185,6 +185,6 @@ PHASES = {f.__name__: f for f in (decode, update, iteration, three_turns, three_
 
 if __name__ == '__main__':
   args = common.arguments(__doc__, PHASES)
-  with memory.returned_after_compiling():  # as the training loop does
+  with memory.economical():  # as the training loop does
     common.report('agentrl', args, ['agentrl', 'jax', 'optax'], PHASES[args.phase](args.reps))
   os._exit(0)
