@@ -12,16 +12,16 @@ from agentrl.metrics.timing import COMPILE_EVENT
 
 # Seconds of a compilation that leaves something worth returning, which takes some 10 ms.
 LONG = 0.2
-# Heaps that the threads share; by default each of up to eight a core comes to keep one of its own.
+# Heaps that all threads share; by itself glibc makes up to eight a core.
 ARENAS = 2
 _M_ARENA_MAX = -8  # of malloc.h
 
 
 @contextlib.contextmanager
 def economical() -> Iterator[None]:
-  """A block in which what a long compilation frees goes back to the system, and threads share their heaps, beyond it as well.
+  """A block in which what a long compilation frees goes back to the system, where glibc would keep it.
 
-  By itself glibc keeps as much as the process uses. Does nothing with other C libraries.
+  From here on, and after the block as well, threads share their heaps. Does nothing with other C libraries.
   """
   try:
     libc = ctypes.CDLL('libc.so.6')

@@ -273,11 +273,12 @@ class Engine:
     def close():
       logging.error('A program went on for %g s after it was cancelled, and is closed. It should let CancelledError pass.',
                     CLEAN_UP_SECONDS)
-      self._closed.add(program)
       try:
         program.get_coro().close()
       except RuntimeError as e:
-        logging.error('It catches GeneratorExit as well, and nothing ends it but itself: %s', e)
+        logging.error('It cannot be closed, and nothing ends it but itself: %s', e)
+      else:
+        self._closed.add(program)
       finally:
         program.cancel()  # what it waited for may never come
 

@@ -35,8 +35,8 @@ class Layout(NamedTuple):
 def layouts_for(capacities: Sequence[int], slots: int, context: int, block: int) -> tuple[Layout, ...]:
   """Returns layouts with room for so many tokens a slot on average, the smaller ones first.
 
-  Rows of which a slot may have several have room where contexts are of different length; with one row a slot a step is 5 to
-  10 % faster. In the largest all slots may have as many tokens at once.
+  Rows of which a slot may have several waste little where contexts are of different length; with one row a slot a step is
+  a few per cent faster. The largest has room for all slots at their longest.
 
   >>> for layout in layouts_for((64, 128, 288, 300), 4, 300, 32):
   ...   print(*layout)
