@@ -16,6 +16,7 @@ from agentrl.rollout.journal import Journal
 from agentrl.sampling.constrain import Grammar, MaskTable, allows
 from agentrl.sampling.draw import SamplingParams
 from agentrl.sampling.speculation import Speculation
+from agentrl.sharding import mesh as meshes
 from agentrl.tokens.formats import HermesFormat
 from agentrl.tools import schema as schemas
 
@@ -143,6 +144,12 @@ def test_chunks_slots_and_speculation_do_not_matter(caller, grammar, plain):
   same(plain, collect(caller, grammar, jobs, sampler(caller, chunk=3))[0])
   guessing = sampler(caller, speculation=Speculation(3, ngram=1))
   same(plain, collect(caller, grammar, jobs, guessing)[0])
+
+
+def test_a_mesh_which_is_sent_its_masks_draws_the_same(caller, grammar, plain):
+  of_two = sampler(caller, mesh=meshes.make_mesh({'tensor': 2}, jax.devices()[:2]))
+  assert of_two.masks.everywhere is not None and sampler(caller).masks.everywhere is None
+  same(plain, collect(caller, grammar, jobs_of(caller, 24), of_two)[0])
 
 
 def test_masks_are_those_of_the_grammar_along_the_turn(caller, grammar, plain):
