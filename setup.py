@@ -15,6 +15,7 @@ _CORE = [
     'importlib_resources>=6.0',  # tensorflow-datasets needs it where there is no TensorFlow
     'jax>=0.10.2',
     'ml-collections>=1.1',
+    'numba>=0.63',  # compiles the attention of decoding on CPUs; without it plain products are taken
     'numpy>=2.0',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.11.30',

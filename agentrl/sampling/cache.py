@@ -3,18 +3,17 @@
 A context is a list of blocks, which the host keeps. Several contexts may hold the same block, so what they have in
 common is stored once, and memory follows the tokens that are there.
 
-Within a call of `decode` the cache is only read. New keys and values go to a buffer, and `store` moves them to their
-blocks at the end. What stands in blocks is read in one of two ways:
+A call of `decode` reads and writes in one of two ways:
 
-    in place   each block meets the queries of the one slot that reads it, and what the blocks say of a slot is added up;
-               the buffer has what is new, and nothing is held twice. On accelerators.
-    gathered   the buffer begins with all that slots alone read, side by side. That costs a copy a call, of which a step
-               then reads no more than is there, in fewer and larger products. On CPUs.
-
-Either way blocks that many slots read, such as those of a system prompt, are read in place, in one product for all.
+    by block   Each block meets the queries of the one slot that reads it, and what the blocks say of a slot is added up.
+               Blocks that many slots read, such as those of a system prompt, are read in one product for all. The cache
+               is only read; new keys and values go to a buffer, and `store` moves them to their blocks at the end. On
+               accelerators and meshes.
+    by table   A kernel follows the table of each context's blocks, and new keys and values go to their blocks at once. On
+               a single CPU device.
 
 Axes: N blocks, P tokens of a block, S slots, W tokens of a step, R queries of a key/value head (W x H/K), K key/value
-heads, Dh head width, G rows and F columns of the buffer, L layers.
+heads, Dh head width, F columns of the buffer, B blocks of a context, L layers.
 """
 
 from __future__ import annotations
@@ -59,42 +58,13 @@ class Cache(NamedTuple):
 
 
 class Fresh(NamedTuple):
-  """The buffer of a call of `decode`: keys, L of [G, K, Dh, F], and values, L of [G, K, F, Dh].
+  """Where a call of `decode` puts what is new: keys, L of [S, K, Dh, F], and values, L of [S, K, F, Dh].
 
-  A row is a slot's, and begins with its first new token, unless `Rows` says otherwise.
+  A row is a slot's, and begins with its first new token. By table these are the cache's own keys and values.
   """
 
   keys: tuple[jax.Array, ...]
   values: tuple[jax.Array, ...]
-
-
-class Rows(NamedTuple):
-  """How the buffer is laid out if it begins with what slots alone read.
-
-  Attributes:
-    blocks: [G, F/P] int32. What each row begins with; what lies behind its slot's last token is never seen.
-    owners: [G] int32. Slot of each row; S for none. None where no slot has more than the row of its own number.
-    starts: [G] int32. Position of column 0.
-    firsts: [S] int32. The row that each slot's tokens begin in; they go on in those behind. G for none.
-  """
-
-  blocks: jax.Array
-  owners: jax.Array | None
-  starts: jax.Array
-  firsts: jax.Array
-
-  def places(self, positions: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the row and the column of slots' positions [S, T]; row G for those that there is no room for."""
-    rows, = self.starts.shape
-    slots = jnp.arange(positions.shape[0])[:, None]
-    first = self.firsts[:, None]
-    offsets = positions - self.starts[jnp.minimum(first, rows - 1)]
-    row = first + offsets // columns
-    if self.owners is None:
-      there = offsets < columns
-    else:
-      there = self.owners[jnp.minimum(row, rows - 1)] == slots
-    return jnp.where((first < rows) & there, row, rows), offsets % columns
 
 
 class Reading(NamedTuple):
@@ -109,7 +79,8 @@ class Reading(NamedTuple):
     shared_count: int32 scalar.
     sharers: [S, M] bool.
     targets: [S, J] int32. Blocks for what is new, from that of the first new position on; 0 where there is none.
-    rows: What takes the place of the first three where it is gathered; None in place.
+    tables: [S, B] int32. Blocks of each context, in order, then N, to read and write by; the others do not matter then.
+      None to read by block.
   """
 
   owners: jax.Array
@@ -120,7 +91,7 @@ class Reading(NamedTuple):
   shared_count: jax.Array
   sharers: jax.Array
   targets: jax.Array
-  rows: Rows | None = None
+  tables: jax.Array | None = None
 
 
 class Partial(NamedTuple):
@@ -131,30 +102,22 @@ class Partial(NamedTuple):
   mean: jax.Array
 
 
-def init(config: ModelConfig, blocks: int, block: int) -> Cache:
-  """Returns an empty cache of `blocks` blocks of `block` tokens in the compute dtype."""
+def init(config: ModelConfig, blocks: int, block: int, dtype: str = '') -> Cache:
+  """Returns an empty cache of `blocks` blocks of `block` tokens; '' for the compute dtype."""
   def zeros(*shape):
     shape = (blocks, config.num_kv_heads, *shape)
-    return tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers))
+    return tuple(jnp.zeros(shape, dtype or config.compute_dtype) for _ in range(config.num_layers))
 
   return Cache(zeros(config.head_dim, block), zeros(block, config.head_dim))
 
 
 def init_fresh(cache: Cache, reading: Reading, columns: int) -> Fresh:
-  """Returns a buffer with what is to be gathered; if nothing is, an empty one for `columns` tokens of each slot."""
-  if reading.rows is not None:
-    return _side_by_side(cache, reading.rows)
+  """Returns an empty buffer for `columns` tokens of each slot, or, by table, the cache itself."""
+  if reading.tables is not None:
+    return Fresh(*cache)
   slots, (_, k, dh, _) = reading.targets.shape[0], cache.keys[0].shape
   keys = tuple(jnp.zeros((slots, k, dh, columns), x.dtype) for x in cache.keys)
   return Fresh(keys, tuple(jnp.zeros((slots, k, columns, dh), x.dtype) for x in cache.values))
-
-
-def _side_by_side(cache: Cache, rows: Rows) -> Fresh:
-  """Returns a buffer with what `rows` says."""
-  (_, k, dh, p), (g, b) = cache.keys[0].shape, rows.blocks.shape
-  of = lambda x: x[rows.blocks].astype(jnp.float32)  # what CPUs can multiply, whatever the shapes
-  keys = tuple(of(x).transpose(0, 2, 3, 1, 4).reshape(g, k, dh, b * p) for x in cache.keys)
-  return Fresh(keys, tuple(of(x).transpose(0, 2, 1, 3, 4).reshape(g, k, b * p, dh) for x in cache.values))
 
 
 def resize(cache: Cache, blocks: int) -> Cache:
@@ -188,20 +151,7 @@ def put(cache: Cache, blocks: jax.Array, keys: jax.Array, values: jax.Array) -> 
                tuple(x.at[blocks].set(new, mode='drop') for x, new in zip(cache.values, values)))
 
 
-def gather(cache: Cache, rows: Rows, shared: jax.Array) -> tuple[Cache, Fresh]:
-  """Returns all that a call reads: shared blocks as a cache of their own, and what slots alone read, laid out by `rows`.
-
-  The call is then the same however large the cache is.
-
-  Args:
-    cache: Only read.
-    rows: What to gather.
-    shared: [M] int32. See `Reading`, in which they are then blocks 0 to M - 1.
-  """
-  return jax.tree.map(lambda x: x[shared].astype(jnp.float32), cache), _side_by_side(cache, rows)
-
-
-def store(cache: Cache, fresh: Fresh, reading: Reading, first: jax.Array, counts: jax.Array, columns: int) -> Cache:
+def store(cache: Cache, fresh: Fresh, reading: Reading, first: jax.Array, counts: jax.Array) -> Cache:
   """Returns the cache with what is new in `fresh` at the positions from first[s] to first[s] + counts[s].
 
   Args:
@@ -210,19 +160,12 @@ def store(cache: Cache, fresh: Fresh, reading: Reading, first: jax.Array, counts
     reading: As it was made for.
     first: [S] int32.
     counts: [S] int32.
-    columns: Static. Most new tokens of a slot.
   """
-  starts = first % cache.block
-  if reading.rows is None:
-    new_keys, new_values = (x.transpose(0, 3, 1, 2) for x in fresh.keys), (x.transpose(0, 2, 1, 3) for x in fresh.values)
-  else:
-    positions = first[:, None] + jnp.arange(columns)[None]
-    row, column = reading.rows.places(positions, fresh.keys[0].shape[-1])
-    new_keys = (x.at[row, :, :, column].get(mode='clip') for x in fresh.keys)
-    new_values = (x.at[row, :, column].get(mode='clip') for x in fresh.values)
-  keys = tuple(write_rows(x, new, reading.targets, starts, counts, axis=3) for x, new in zip(cache.keys, new_keys))
-  return Cache(keys, tuple(write_rows(x, new, reading.targets, starts, counts, axis=2)
-                           for x, new in zip(cache.values, new_values)))
+  if reading.tables is not None:
+    return Cache(*fresh)
+  write = functools.partial(write_rows, tables=reading.targets, starts=first % cache.block, counts=counts)
+  keys = tuple(write(x, new.transpose(0, 3, 1, 2), axis=3) for x, new in zip(cache.keys, fresh.keys))
+  return Cache(keys, tuple(write(x, new.transpose(0, 2, 1, 3), axis=2) for x, new in zip(cache.values, fresh.values)))
 
 
 def write_rows(buffer: jax.Array, new: jax.Array, tables: jax.Array, starts: jax.Array, counts: jax.Array,
@@ -245,9 +188,10 @@ def write_tokens(buffer, new, tables, starts, counts, *, axis):
   """`write_rows` as a scatter of tokens, which is the fastest on CPU."""
   columns, block = jnp.arange(new.shape[1])[None], buffer.shape[axis]
   positions = starts[:, None] + columns
-  blocks = jnp.take_along_axis(tables, jnp.minimum(positions // block, tables.shape[1] - 1), axis=1)
+  which, places = positions // block, positions % block
+  blocks = jnp.take_along_axis(tables, jnp.minimum(which, tables.shape[1] - 1), axis=1)
   # What is not to be kept goes to a block past the end, and with it nowhere.
-  blocks, places = jnp.where(columns < counts[:, None], blocks, buffer.shape[0]), positions % block
+  blocks = jnp.where((columns < counts[:, None]) & (which < tables.shape[1]), blocks, buffer.shape[0])
   at = buffer.at[blocks, :, :, places] if axis == 3 else buffer.at[blocks, :, places]
   return at.set(new.astype(buffer.dtype), mode='drop')
 
@@ -274,24 +218,23 @@ def write_blocks(buffer, new, tables, starts, counts, *, axis):
   return buffer.at[ids].set(jnp.where(is_new, spread, old), mode='drop')
 
 
-def append(buffer: jax.Array, new: jax.Array, positions: jax.Array, first: jax.Array, rows: Rows | None,
-           axis: int) -> jax.Array:
+def append(buffer: jax.Array, new: jax.Array, positions: jax.Array, first: jax.Array, reading: Reading,
+           active: jax.Array | None, axis: int) -> jax.Array:
   """Returns keys or values of `Fresh` with those of new tokens, [S, W, K, Dh].
 
   Args:
     buffer: F columns along `axis`.
-    new: W tokens of each slot. If that is 1 and nothing is gathered, all slots write the last of their columns: those behind
-      have ended.
+    new: W tokens of each slot. If that is 1, by block, all slots write the last of their columns: those behind have ended.
     positions: [S, W] int32. Theirs.
     first: [S] int32. Position of each slot's first new token.
-    rows: How the buffer is laid out; None for what is new alone.
+    reading: Where slots write.
+    active: [S] bool. Those that write by table; None for all.
     axis: Of the columns, 3 or 2.
   """
   new = new.astype(buffer.dtype)
-  if rows is not None:
-    row, column = rows.places(positions, buffer.shape[axis])
-    at = buffer.at[row, :, :, column] if axis == 3 else buffer.at[row, :, column]
-    return at.set(new, mode='drop')
+  if reading.tables is not None:
+    counts = jnp.full(new.shape[0], new.shape[1]) if active is None else jnp.where(active, new.shape[1], 0)
+    return write_tokens(buffer, new, reading.tables, positions[:, 0], counts, axis=axis)
   columns = positions[:, 0] - first
   new = new.transpose((0, 2, 3, 1) if axis == 3 else (0, 2, 1, 3))
   if new.shape[axis] == 1:
@@ -309,8 +252,8 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, fresh_keys: jax.Arr
     q: [S, W, K, H/K, Dh].
     keys: [N, K, Dh, P].
     values: [N, K, P, Dh].
-    fresh_keys: [G, K, Dh, F], those of the queries among them.
-    fresh_values: [G, K, F, Dh].
+    fresh_keys: As in `Fresh`, those of the queries among them.
+    fresh_values: As in `Fresh`.
     reading: Which blocks are whose.
     positions: [S, W] int32. Of the queries.
     first: [S] int32. Position of each slot's first new token: all before it is in blocks.
@@ -322,9 +265,12 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, fresh_keys: jax.Arr
     [S, W, K, H/K, Dh].
   """
   rows = _rows(q, scale)
-  if reading.rows is not None:
-    parts = _gathered(rows, fresh_keys, fresh_values, reading.rows, positions, window)
-  elif own is None:
+  if reading.tables is not None:
+    from agentrl.sampling import cpu_kernel  # pylint: disable=g-import-not-at-top  (not where it is of no use)
+
+    parts = cpu_kernel.attend(rows.astype(jnp.float32), fresh_keys, fresh_values, reading.tables, positions, window)
+    return _finish(parts, q, sinks)
+  if own is None:
     parts = _own(rows, keys, values, fresh_keys, fresh_values, reading, positions, first, window)
   else:
     there = first[:, None] + jnp.arange(fresh_keys.shape[-1])[None]
@@ -464,23 +410,6 @@ def _own(rows: jax.Array, keys: jax.Array, values: jax.Array, fresh_keys: jax.Ar
                                       (None, 'kv_heads', *(None,) * (x.ndim - 2)))
   total = add_up(jnp.sum(weights, axis=-1)) + jnp.sum(new_weights, axis=-1)
   return Partial(top, total, add_up(_mean(weights, values)) + _mean(new_weights, fresh_values))
-
-
-def _gathered(rows: jax.Array, keys: jax.Array, values: jax.Array, layout: Rows, positions: jax.Array,
-              window: int) -> Partial:
-  """Returns attention of each slot over its rows of the buffer."""
-  slots, rows = rows.shape[0], rows.astype(keys.dtype)
-  there = layout.starts[:, None] + jnp.arange(keys.shape[-1])[None]
-  if layout.owners is None:
-    return _weigh(rows, keys, values, _seen(positions, there, window))
-  owner = jnp.minimum(layout.owners, slots - 1)
-  seen = _seen(positions[owner], there, window) & (layout.owners < slots)[:, None, None]
-  parts = _weigh(rows[owner], keys, values, seen)
-  mine = layout.owners[None] == jnp.arange(slots)[:, None]
-  top = jnp.max(jnp.where(mine[:, :, None, None], parts.top[None], MASKED), axis=1)
-  scale = jnp.exp(parts.top - top[owner])
-  add_up = lambda x: jnp.einsum('sg,gkr...->skr...', mine.astype(jnp.float32), x, precision=_EXACT)
-  return Partial(top, add_up(parts.total * scale), add_up(parts.mean * scale[..., None]))
 
 
 def _shared(rows: jax.Array, keys: jax.Array, values: jax.Array, reading: Reading, positions: jax.Array, window: int,

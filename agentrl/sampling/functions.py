@@ -111,7 +111,7 @@ def extend(params: Params, cache: Cache, tokens: jax.Array, starts: jax.Array, c
 
 def next_logits(params: Params, cache: Cache, fresh: Fresh, reading: Reading, tokens: jax.Array, lengths: jax.Array,
                 first: jax.Array, config: ModelConfig, kernels: Kernels | None = None,
-                plans: Mapping[int, Plan] | None = None) -> tuple[Fresh, jax.Array]:
+                plans: Mapping[int, Plan] | None = None, active: jax.Array | None = None) -> tuple[Fresh, jax.Array]:
   """Returns (what is new with the keys and values of `tokens`, [S, W, V] float32 logits of what follows each of them).
 
   Args:
@@ -125,6 +125,7 @@ def next_logits(params: Params, cache: Cache, fresh: Fresh, reading: Reading, to
     config: Static.
     kernels: Static. Attend, see `kernels.choose`; None for plain products.
     plans: What `kernels.plan` gives.
+    active: [S] bool. Slots whose tokens are kept where they are read by table; None for all.
   """
   width = tokens.shape[1]
   positions = lengths[:, None] + jnp.arange(width)[None]
@@ -133,8 +134,8 @@ def next_logits(params: Params, cache: Cache, fresh: Fresh, reading: Reading, to
   keys, values = [], []
   for i, (layer, kind) in enumerate(zip(params['layers'], config.kind_of_layer)):
     q, k, v = layers.project_qkv(layer, x, turns[kind].cos, turns[kind].sin, config, STEP)
-    keys.append(caches.append(fresh.keys[i], k, positions, first, reading.rows, axis=3))
-    values.append(caches.append(fresh.values[i], v, positions, first, reading.rows, axis=2))
+    keys.append(caches.append(fresh.keys[i], k, positions, first, reading, active, axis=3))
+    values.append(caches.append(fresh.values[i], v, positions, first, reading, active, axis=2))
     window = config.kinds[kind]
     own = kernels and kernels.slots(cache.keys[i], cache.values[i], plans, positions, first, window)
     attended = caches.attend(q, cache.keys[i], cache.values[i], keys[-1], values[-1], reading, positions, first,
@@ -172,7 +173,7 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
   fresh = caches.init_fresh(cache, reading, steps)
   fresh, out = run(params, cache, fresh, reading, pending, lengths, budgets, seeds, stops, floor, steps=steps,
                    config=config, sampling=sampling, masks=masks, kernels=kernels)
-  return caches.store(cache, fresh, reading, lengths, out.counts, steps), out
+  return caches.store(cache, fresh, reading, lengths, out.counts), out
 
 
 def run(params: Params, cache: Cache, fresh: Fresh, reading: Reading, pending: jax.Array, lengths: jax.Array,
@@ -212,7 +213,8 @@ def run(params: Params, cache: Cache, fresh: Fresh, reading: Reading, pending: j
 
   def body(carry):
     step, fresh, pending, lengths, out, stopped, active = carry
-    fresh, scores = next_logits(params, cache, fresh, reading, pending[:, None], lengths, first, config, kernels, plans)
+    fresh, scores = next_logits(params, cache, fresh, reading, pending[:, None], lengths, first, config, kernels, plans,
+                                active)
     allowed = masks.allowed(lengths - first, out.tokens)[:, 0] if masks else None
     drawn = draw(scores[:, 0], jax.vmap(jax.random.fold_in)(keys, lengths), sampling, allowed)
     # Column `step` of an idle slot is never read: its count says so.

@@ -25,6 +25,7 @@ import functools
 import math
 from typing import Any, Callable, Iterable, Mapping, NamedTuple
 
+from absl import logging
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -178,6 +179,31 @@ def choose(config: ModelConfig, block: int, where: NamedSharding | None, platfor
   if platform != 'tpu' or config.attention == 'xla' or not fits:
     return None
   return Kernels(where if where is not None and where.mesh.size > 1 else None)
+
+
+def reads_by_table(config: ModelConfig, where: NamedSharding | None) -> bool:
+  """Returns whether decoding reads the cache by table, see `cache`: on one CPU device, where numba compiles the kernel.
+
+  Args:
+    config: Of the policy. Its `attention` 'xla' asks for plain products.
+    where: How the cache is split; None for the default device.
+  """
+  platform = where.mesh.devices.flat[0].platform if where else jax.default_backend()
+  if platform != 'cpu' or config.attention == 'xla' or (where is not None and where.mesh.size > 1):
+    return False
+  try:
+    from agentrl.sampling import cpu_kernel  # pylint: disable=g-import-not-at-top
+
+    cpu_kernel.register()
+  except Exception as error:  # pylint: disable=broad-exception-caught  (whatever numba, llvmlite or XLA say)
+    _say(f'decoding takes plain products, which are slower: the kernel for CPUs cannot be used, {error!r}')
+    return False
+  return True
+
+
+@functools.cache
+def _say(message: str):
+  logging.warning(message)
 
 
 # ---- what a device does -------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from agentrl.sampling.cache import Reading
 from agentrl.sampling.constrain import Cursor, MaskTable
 from agentrl.sampling.contexts import Contexts, Copy, Parked, Write
 from agentrl.sampling.draw import SamplingParams
-from agentrl.sampling.functions import Decoded
 from agentrl.sampling.sizes import block_of, buckets, split_rows, thinned
 from agentrl.sampling.speculation import Speculation
 from agentrl.sharding import mesh as meshes
@@ -128,8 +127,8 @@ class Sampler:
       context: Longest context, tokens.
       chunk: Passes through the network in one call of `decode`, at most.
       sampling: The distribution drawn from.
-      capacities: Sizes of what a step reads, in tokens a slot on average; it is the first that has room. The largest may be
-        below `context`: then not all slots can be long at once.
+      capacities: Sizes of the cache, in tokens a slot on average; it has the first that is enough. The largest may be below
+        `context`: then not all slots can be long at once.
       row_buckets: Numbers of rows an extension may have.
       token_buckets: Numbers of tokens of a row that one extension may write; longer ones take several.
       block: Tokens of a block of the cache; 0 for about 64, on CPUs 32, on TPUs 128.
@@ -139,8 +138,7 @@ class Sampler:
       constrained: Whether turns may follow a grammar: the host is then asked for masks at every step.
       share: Whether contexts that begin alike share blocks; if not, each is computed whole, to measure what that saves.
       seats: Contexts that may be in the cache at a time; 0 for as many as slots.
-      room: Tokens that the cache can hold, a slot on average; 0 for the largest of `capacities`. It is smaller while that is
-        enough.
+      room: Tokens that the cache can hold, a slot on average; 0 for the largest of `capacities`.
     Raises:
       ValueError: if the cache could not hold one context, or there are fewer seats than slots.
     """
@@ -162,7 +160,7 @@ class Sampler:
     self.block = min(block or (TPU_BLOCK if on == 'tpu' else block_of(context, CPU_BLOCK if on == 'cpu' else 64)), context)
     capacities = sorted(capacities or buckets(min(64, context), context))
     room = room or capacities[-1]
-    # Where a step reads what it is given and not all of the cache, its size hardly matters: few are compiled.
+    # Where a step reads by table, and not all of the cache, its size hardly matters: few are compiled.
     rooms = [*(c for c in capacities if c < room), room]
     rooms = thinned(rooms) if on == 'cpu' else rooms
     even = min(slots, 8)  # a mesh splits the blocks evenly
@@ -171,7 +169,6 @@ class Sampler:
       raise ValueError(f'the cache would have room for {sizes[-1] * self.block} tokens, {slots} slots of {rooms[-1]}, '
                        f'but one context may have {context}; raise room or capacities, or lower context')
     sizes[-1] = max(sizes[-1], -(-context // self.block) + 1)  # a block may have to be copied
-    self._all_layouts = readings.layouts_for(capacities, slots, context, self.block)
     self.row_buckets = tuple(sorted(row_buckets or {min(2, slots), min(8, slots), slots}))
     self.token_buckets = tuple(sorted(token_buckets or {min(16, context), min(64, context)}))
     self.contexts = Contexts(slots, context, self.block, sizes, self.reach, share, seats)
@@ -197,15 +194,8 @@ class Sampler:
     self._resize = jit(caches.resize, static_argnums=1)
     settings = dict(steps=self.chunk, sampling=self.sampling, masks=self.masks)
     of, settings = (speculations, dict(settings, speculation=self.speculation)) if self.speculation else (functions, settings)
-    on_cpu = jax.default_backend() == 'cpu' if where is None else where.mesh.devices.flat[0].platform == 'cpu'
-    # () to read in place, which several devices do each with its own blocks.
-    self._layouts = self._all_layouts if on_cpu and (where is None or where.mesh.size == 1) else ()
-    if self._layouts:
-      self._gather = jit(caches.gather)
-      self._run = jax.jit(functools.partial(of.run, **settings, config=self.config), donate_argnums=2)
-      self._store = jit(caches.store, donate_argnums=0, static_argnums=5)
-    else:
-      self._decode = jit_decode(functools.partial(of.decode, **settings), self.config, self.block, where)
+    self._by_table = kernel_choice.reads_by_table(self.config, where)
+    self._decode = jit_decode(functools.partial(of.decode, **settings), self.config, self.block, where)
 
   def set_params(self, params: Params, policy: str = ''):
     """Takes new weights, learner's view. What the cache holds is of the old ones from here on.
@@ -254,7 +244,8 @@ class Sampler:
   def reset(self):
     """Empties the cache and makes it small again."""
     self.contexts.clear()
-    self.cache = caches.init(self.config, self.contexts.size, self.block)
+    # What the kernel that reads by table can multiply.
+    self.cache = caches.init(self.config, self.contexts.size, self.block, 'float32' if self._by_table else '')
     if self._where is not None:
       self.cache = jax.device_put(self.cache, self._where)
     self.block_bytes = sum(x.nbytes for x in jax.tree.leaves(self.cache)) // self.cache.blocks  # in all layers
@@ -405,7 +396,7 @@ class Sampler:
   def _alike(self, rows: list[tuple[Write, int]]) -> list[list[tuple[Write, int]]]:
     """Cuts rows into those of a call. On a CPU all of a call read as far as the longest: those of like length go together."""
     starts = sorted(w.start + done for w, done in rows)
-    if not self._layouts or starts[-1] * len(starts) <= RAGGED * sum(starts):
+    if not self._by_table or starts[-1] * len(starts) <= RAGGED * sum(starts):
       return split_rows(rows, self.row_buckets)
     return split_rows(sorted(rows, key=lambda row: row[0].start + row[1]), self.row_buckets[:-1] or self.row_buckets)
 
@@ -442,7 +433,7 @@ class Sampler:
                          'pending one')
       self.contexts.tokens[seat, r.length] = r.pending
       self.contexts.reach(seat, r.length + min(r.budget, self.reach))
-    if not self._layouts:
+    if not self._by_table:
       self.contexts.unshare(list(requests))
     self._finish()
     self._copy_blocks(self.contexts.tidy())
@@ -450,26 +441,15 @@ class Sampler:
     draws, done = {}, len(requests) - floor
     for policy in dict.fromkeys(self.contexts.contexts[seat].policy for seat in requests):
       own = {s: r for s, r in requests.items() if self.contexts.contexts[s].policy == policy}
-      for part, reading in self._parts(own):
-        draws.update(self._decode_part(part, reading, max(0, len(part) - done), policy))
+      draws.update(self._decode_own(own, max(0, len(own) - done), policy))
     return draws
 
-  def _parts(self, requests: dict[int, SlotRequest]) -> Iterator[tuple[dict[int, SlotRequest], Reading]]:
-    """Yields requests, and how they read, cut into parts if no layout has room for all."""
-    if not self._layouts:
-      yield requests, readings.in_place(self.contexts, list(requests))
-      return
-    reaches = {seat: r.length + min(r.budget, self.reach) for seat, r in requests.items()}
-    reading = readings.gathered(self.contexts, reaches, self._layouts)
-    if reading is not None:
-      yield requests, reading
-      return
-    items = list(requests.items())
-    for part in (items[:len(items) // 2], items[len(items) // 2:]):
-      yield from self._parts(dict(part))
+  def _reading(self, seats: Sequence[int]) -> Reading:
+    return (readings.by_table if self._by_table else readings.by_block)(self.contexts, seats)
 
-  def _decode_part(self, requests: dict[int, SlotRequest], reading: Reading, floor: int, policy: str) -> dict[int, Draws]:
-    s = self.slots
+  def _decode_own(self, requests: dict[int, SlotRequest], floor: int, policy: str) -> dict[int, Draws]:
+    """`decode` of seats with one policy."""
+    s, seats = self.slots, list(requests)
     pending, budgets, lengths = np.zeros(s, np.int32), np.zeros(s, np.int32), np.zeros(s, np.int32)
     seeds = np.zeros((s, 2), np.uint32)
     stops = np.full((s, MAX_STOPS), -1, np.int32)
@@ -481,27 +461,17 @@ class Sampler:
       self.masks.begin(cursors)
     elif cursors:
       raise ValueError('a turn has a grammar, and this sampler was not made with constrained=True')
-    out = jax.device_get(self._draw(self._params[policy], reading, pending, lengths, budgets, seeds, stops, np.int32(floor),
-                                    *self._history(list(requests))))
+    self.cache, out = self._decode(self._params[policy], self.cache, self._reading(seats), pending, lengths, budgets, seeds,
+                                   stops, np.int32(floor), *self._history(seats))
+    out = jax.device_get(out)
     self.steps += int(out.steps)
     draws = {}
-    for slot, seat in enumerate(requests):
+    for slot, seat in enumerate(seats):
       n = out.counts[slot]
       self.contexts.drew(seat, out.tokens[slot, :n])
       draws[seat] = Draws(out.tokens[slot, :n], out.log_probs[slot, :n], out.entropies[slot, :n],
                           bool(out.stopped[slot]), self.masks.drawn(slot, n) if self.masks else ())
     return draws
-
-  def _draw(self, params: Params, reading: Reading, pending: np.ndarray, lengths: np.ndarray, *more: np.ndarray) -> Decoded:
-    """Has the device draw, see `functions.decode`, and keep what is new."""
-    if reading.rows is None:
-      self.cache, out = self._decode(params, self.cache, reading, pending, lengths, *more)
-      return out
-    shared, fresh = self._gather(self.cache, reading.rows, reading.shared)
-    gathered = reading._replace(shared=np.arange(len(reading.shared), dtype=np.int32))
-    fresh, out = self._run(params, shared, fresh, gathered, pending, lengths, *more)
-    self.cache = self._store(self.cache, fresh, reading, lengths, out.counts, self.reach)
-    return out
 
   def _history(self, seats: Sequence[int]) -> tuple[np.ndarray, ...]:
     """Returns what speculation guesses from: the tokens of the slots' contexts."""
@@ -528,10 +498,8 @@ class Sampler:
       nowhere = np.full(PARK_ROWS, size, np.int32)
       self.cache = self._put(self.cache, nowhere, *jax.device_get(self._take(self.cache, np.zeros(PARK_ROWS, np.int32))))
       none = np.zeros(self.slots, np.int32)
-      for reading in ([readings.gathered(self.contexts, {}, [layout]) for layout in self._layouts]
-                      or [readings.in_place(self.contexts, [])]):
-        self._draw(params, reading, none, none, none, np.zeros((self.slots, 2), np.uint32),
-                   np.full((self.slots, MAX_STOPS), -1, np.int32), np.int32(0), *self._history([]))
+      self.cache, _ = self._decode(params, self.cache, self._reading([]), none, none, none, np.zeros((self.slots, 2), np.uint32),
+                                   np.full((self.slots, MAX_STOPS), -1, np.int32), np.int32(0), *self._history([]))
     self.contexts.size = self.contexts.sizes[0]
     self._fit()
     self.reset()

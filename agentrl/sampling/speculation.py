@@ -99,7 +99,7 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
   fresh = caches.init_fresh(cache, reading, columns)
   fresh, out = run(params, cache, fresh, reading, pending, lengths, budgets, seeds, stops, floor, history, steps=steps,
                    config=config, speculation=speculation, **more)
-  return caches.store(cache, fresh, reading, lengths, out.counts, columns), out
+  return caches.store(cache, fresh, reading, lengths, out.counts), out
 
 
 def run(params: Params, cache: Cache, fresh: Fresh, reading: Reading, pending: jax.Array, lengths: jax.Array,
@@ -124,7 +124,7 @@ def run(params: Params, cache: Cache, fresh: Fresh, reading: Reading, pending: j
     proposals = propose(history, lengths, speculation)
     last = jnp.take_along_axis(history, lengths[:, None], axis=1)
     tokens = jnp.concatenate([last, jnp.maximum(proposals, 0)], axis=1)
-    fresh, scores = next_logits(params, cache, fresh, reading, tokens, lengths, first, config, kernels, plans)
+    fresh, scores = next_logits(params, cache, fresh, reading, tokens, lengths, first, config, kernels, plans, active)
     allowed = masks.allowed(lengths - first, out.tokens, proposals) if masks else None
     drawn = draw(rows_of(scores), fold(keys, lengths[:, None] + ahead).reshape(-1), sampling, rows_of(allowed))
     drawn = jax.tree.map(lambda x: x.reshape(slots, width), drawn)

@@ -108,7 +108,7 @@ def decode(case: Case) -> jax.stages.Lowered:
   """Returns a chunk of decoding with every slot's context at its longest."""
   params, cache, where, books = _sampler(case)
   function = samplers.jit_decode(functools.partial(functions.decode, steps=case.chunk), case.model, case.block, where)
-  reading = jax.tree.map(lambda x: _array(*np.shape(x), dtype=x.dtype), readings.in_place(books, []))
+  reading = jax.tree.map(lambda x: _array(*np.shape(x), dtype=x.dtype), readings.by_block(books, []))
   slots = _array(case.slots)
   return function.lower(params, cache, reading, slots, slots, slots, _array(case.slots, 2, dtype=jnp.uint32),
                         _array(case.slots, samplers.MAX_STOPS), _array())

@@ -236,13 +236,13 @@ def test_drawing_goes_on_while_nobody_waits_only_if_it_is_to_overlap(tiny, start
 
 def test_what_ends_the_drawing_is_raised_where_somebody_waits(tiny, start):
   stream = start()
-  stream._engine.sampler._run, decode = None, stream._engine.sampler._run
+  stream._engine.sampler._decode, decode = None, stream._engine.sampler._decode
   try:
     stream.ask(orders_of(tiny, 1))
     with pytest.raises(Exception, match='NoneType|None'):
       stream.take(1)
   finally:
-    stream._engine.sampler._run = decode
+    stream._engine.sampler._decode = decode
 
 
 def test_more_than_is_under_way_cannot_be_taken(tiny, start):

@@ -40,12 +40,8 @@ class Pages:
     keys = [np.concatenate(list(np.asarray(x)[ids]), axis=-1)[:, :, start:upto] for x in cache.keys]
     return keys + [np.concatenate(list(np.asarray(x)[ids]), axis=-2)[:, start:upto] for x in cache.values]
 
-  def reading(self, lengths, shared=(), row=0):
-    """What slots that hold `lengths` tokens read; the `shared` first blocks of slot 0 are everybody's.
-
-    In place, or gathered into rows of `row` blocks, strewn over the buffer, as many as a slot needs; if that is one, then
-    into that of its number.
-    """
+  def reading(self, lengths, shared=(), by_table=False):
+    """What slots that hold `lengths` tokens read; the `shared` first blocks of slot 0 are everybody's."""
     s, n, p = self.slots, self.blocks, self.block
     owners, fills, starts = np.full(n, s, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32)
     spread = (self.reach + p - 2) // p + 1
@@ -59,22 +55,11 @@ class Pages:
     ids, begins, sharers = np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros((s, n), bool)
     ids[:len(shared)], begins[:len(shared)] = self.tables[0][list(shared)], [i * p for i in shared]
     sharers[:, :len(shared)] = True
-    rows = None
-    if row:
-      own = self.tables[:, len(shared):]
-      count = -(-own.shape[1] // row)
-      blocks = np.pad(own, ((0, 0), (0, count * row - own.shape[1]))).reshape(s, count, row)
-      starts_of = (len(shared) + np.arange(count) * row) * p
-      if count == 1:
-        rows = caches.Rows(blocks[:, 0], None, np.tile(starts_of, s), np.arange(s, dtype=np.int32))
-      else:
-        order = np.random.default_rng(8).permutation(s)  # and a row in front that is nobody's
-        rows = caches.Rows(
-            np.pad(blocks[order].reshape(-1, row), ((1, 0), (0, 0))),
-            np.pad(np.repeat(order, count), (1, 0), constant_values=s).astype(np.int32),
-            np.pad(np.tile(starts_of, s), (1, 0)).astype(np.int32), (1 + np.argsort(order) * count).astype(np.int32))
-    return caches.Reading(owners, fills, starts, ids, begins, np.int32(len(shared)), sharers, targets, rows)
-
+    tables = None
+    if by_table:
+      tables = self.tables.copy()
+      tables[:, list(shared)] = self.tables[0, list(shared)]
+    return caches.Reading(owners, fills, starts, ids, begins, np.int32(len(shared)), sharers, targets, tables)
 
 
 @pytest.fixture(scope='session')
@@ -83,7 +68,7 @@ def pages():
   return Pages
 
 
-@pytest.fixture(params=[0, 2, 6], ids=['in place', 'gathered', 'gathered into one row each'])
-def row(request):
-  """Returns of how many blocks the rows are that what slots read alone is gathered into; 0 for in place."""
+@pytest.fixture(params=[False, True], ids=['by block', 'by table'])
+def by_table(request):
+  """Returns whether slots read by table."""
   return request.param

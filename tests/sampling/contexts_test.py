@@ -18,11 +18,9 @@ import pytest
 from agentrl.sampling import contexts
 from agentrl.sampling import readings
 from agentrl.sampling.contexts import CacheFull, Contexts, Copy
-from agentrl.sampling.readings import Layout
 
 SLOTS, BLOCK, CONTEXT, REACH = 4, 4, 15, 6
 SIZES = (4, 6, 9)  # the largest holds two contexts and a bit
-LAYOUTS = (Layout(SLOTS, 2, True), Layout(SLOTS, 2, False), Layout(8, 1, False), Layout(16, 1, False))
 TOKENS = st.sampled_from([1, 1, 1, 2])
 # Most begin alike.
 TEXTS = st.builds(lambda ones, rest: ([1] * ones + rest)[:CONTEXT - 1], st.integers(0, 14),
@@ -140,7 +138,7 @@ class Books(RuleBasedStateMachine):
   def decode(self, data):
     fit = [s for s, (_, t) in sorted(self.truth.items()) if len(t) + 1 < CONTEXT]
     slots = data.draw(st.lists(st.sampled_from(fit), min_size=1, unique=True))
-    layouts = data.draw(st.sampled_from([(), LAYOUTS]))
+    by_table = data.draw(st.booleans())
     drawn = {s: data.draw(st.lists(TOKENS, min_size=1, max_size=min(REACH, CONTEXT - 1 - len(self.truth[s][1]))))
              for s in slots}
     books = self.books
@@ -151,17 +149,14 @@ class Books(RuleBasedStateMachine):
     except CacheFull:
       return
     try:
-      if not layouts:
+      if not by_table:
         books.unshare(slots)
     except CacheFull:
       return
     self.flush()
     for copy in books.tidy():
       self.device.copy(copy.source, copy.target)
-    if layouts:
-      reading = readings.gathered(books, {s: len(self.truth[s][1]) + len(drawn[s]) for s in slots}, layouts)
-    else:
-      reading = readings.in_place(books, slots)
+    reading = (readings.by_table if by_table else readings.by_block)(books, slots)
     for index, slot in enumerate(slots):
       self.check_reading(reading, slot, index)
     for index, slot in enumerate(slots):
@@ -169,7 +164,8 @@ class Books(RuleBasedStateMachine):
       after = [*before, 1, *drawn[slot][:-1]]
       context = books.contexts[slot]
       for at in range(len(before), len(after)):
-        target = reading.targets[index, at // BLOCK - len(before) // BLOCK]
+        target = (reading.tables[index, at // BLOCK] if by_table else
+                  reading.targets[index, at // BLOCK - len(before) // BLOCK])
         assert target == context.blocks[at // BLOCK].id and context.blocks[at // BLOCK].users == 1
         self.device.places[int(target)][at % BLOCK] = (policy, *after[:at + 1])
       books.drew(slot, drawn[slot])
@@ -178,14 +174,12 @@ class Books(RuleBasedStateMachine):
   def check_reading(self, reading, slot, index):
     """A slot sees each place of its context once, and nothing else."""
     policy, tokens = self.truth[slot]
-    seen, rows = [], reading.rows
+    seen = []
     for block in np.flatnonzero(reading.owners == index):
       seen += [(reading.starts[block] + i, self.device.places[int(block)][i]) for i in range(reading.fills[block])]
-    if rows is not None:
-      for row in [index] if rows.owners is None else np.flatnonzero(rows.owners == index):
-        held = min(rows.blocks.shape[1] * BLOCK, len(tokens) - rows.starts[row])
-        seen += [(rows.starts[row] + i, self.device.places[int(rows.blocks[row, i // BLOCK])][i % BLOCK])
-                 for i in range(held)]
+    if reading.tables is not None:
+      seen += [(at, self.device.places[int(reading.tables[index, at // BLOCK])][at % BLOCK]) for at in range(len(tokens))]
+      assert (reading.tables[index, len(self.books.contexts[slot].blocks):] == self.books.size).all()
     for m in range(int(reading.shared_count)):
       if reading.sharers[index, m]:
         seen += [(reading.shared_starts[m] + i, self.device.places[int(reading.shared[m])][i]) for i in range(BLOCK)]
@@ -314,7 +308,7 @@ class FewShared(Books):
 
   def check_reading(self, reading, slot, index):
     super().check_reading(reading, slot, index)
-    assert reading.shared_count <= len(reading.shared) == 2
+    assert reading.shared_count <= len(reading.shared) == (2 if reading.tables is None else 0)
 
 
 TestFewShared = FewShared.TestCase
@@ -330,7 +324,7 @@ def test_of_more_shared_blocks_than_a_call_reads_those_of_fewest_readers_are_cop
     books.write(slot, books.contexts[slot].held, np.full(ones - books.contexts[slot].held, 1, np.int32))
   books.take_steps()
   assert books.used == 3
-  reading = lambda slots: (books.unshare(slots), books.take_steps(), readings.in_place(books, slots))[2]
+  reading = lambda slots: (books.unshare(slots), books.take_steps(), readings.by_block(books, slots))[2]
   assert reading([0, 1, 2]).shared_count == 2 and books.used == 4
   assert [b.users for b in books.contexts[0].blocks] == [3, 1, 2] and not books.lacking(1, 12)
   # No room for a copy: whoever asks has fewer slots draw.

@@ -68,11 +68,11 @@ class Lab:
       cache = self.prefill(cache, slot, TOKENS[slot, :n])
     return cache
 
-  def logits_after(self, cache, lengths, first=None, shared=(), tokens=TOKENS, row=0):
+  def logits_after(self, cache, lengths, first=None, shared=(), tokens=TOKENS, by_table=False):
     """Logits of what follows tokens[s, :lengths[s] + 1] in each slot, those before `first` from blocks."""
     lengths = np.asarray(lengths, np.int32)
     first = lengths if first is None else np.asarray(first, np.int32)
-    reading = self.pages.reading(first, shared, row)
+    reading = self.pages.reading(first, shared, by_table)
     fresh = caches.init_fresh(cache, reading, STEPS)
     for at in range(max(lengths - first) + 1):
       now = np.minimum(first + at, lengths)
@@ -110,22 +110,22 @@ def test_the_view_holds_the_same_weights_without_value_head():
 
 
 @pytest.mark.parametrize('config', [CONFIG, LOCAL], ids=['plain', 'window and sinks'])
-def test_prefill_then_decode_predicts_what_the_learner_does(pages, config, row):
+def test_prefill_then_decode_predicts_what_the_learner_does(pages, config, by_table):
   lab, lengths = Lab(pages, config), [3, 8, 13, CAPACITY - 1]
   cache = lab.filled(lengths)
   expected = learner_logits(params(config), TOKENS, config)[np.arange(SLOTS), lengths]
-  np.testing.assert_allclose(lab.logits_after(cache, lengths, row=row), expected, atol=2e-5)
+  np.testing.assert_allclose(lab.logits_after(cache, lengths, by_table=by_table), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize('config', [CONFIG, LOCAL], ids=['plain', 'window and sinks'])
-def test_what_is_new_and_what_is_in_blocks_make_one_context(pages, config, row):
+def test_what_is_new_and_what_is_in_blocks_make_one_context(pages, config, by_table):
   lab, first, lengths = Lab(pages, config), [3, 8, 11, 17], [8, 13, 16, 22]
   expected = learner_logits(params(config), TOKENS, config)[np.arange(SLOTS), lengths]
-  np.testing.assert_allclose(lab.logits_after(lab.filled(first), lengths, first, row=row), expected, atol=2e-5)
+  np.testing.assert_allclose(lab.logits_after(lab.filled(first), lengths, first, by_table=by_table), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize('config', [CONFIG, LOCAL], ids=['plain', 'window and sinks'])
-def test_blocks_that_all_slots_read_are_read_as_if_they_were_each_slots_own(pages, config, row):
+def test_blocks_that_all_slots_read_are_read_as_if_they_were_each_slots_own(pages, config, by_table):
   lab, lengths = Lab(pages, config), [11, 8, 13, 20]
   tokens = TOKENS.copy()
   tokens[:, :8] = tokens[0, :8]
@@ -136,7 +136,7 @@ def test_blocks_that_all_slots_read_are_read_as_if_they_were_each_slots_own(page
   rubbish = lab.pages.tables[1:, :2].reshape(-1)
   cache = jax.tree.map(lambda x: x.at[rubbish].set(9.0), cache)
   expected = learner_logits(params(config), tokens, config)[np.arange(SLOTS), lengths]
-  got = lab.logits_after(cache, lengths, shared=(0, 1), tokens=tokens, row=row)
+  got = lab.logits_after(cache, lengths, shared=(0, 1), tokens=tokens, by_table=by_table)
   np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
@@ -190,31 +190,32 @@ jit_decode = {
 SEEDS = np.arange(2 * SLOTS, dtype=np.uint32).reshape(SLOTS, 2)
 
 
-def decode(lab, cache, lengths, budgets, stops=(), floor=0, temperature=1.0, pending=None, seeds=SEEDS, row=0):
+def decode(lab, cache, lengths, budgets, stops=(), floor=0, temperature=1.0, pending=None, seeds=SEEDS,
+           by_table=False):
   table = np.full((SLOTS, 2), -1, np.int32)
   for slot, ids in stops:
     table[slot, :len(ids)] = ids
   pending = TOKENS[np.arange(SLOTS), lengths] if pending is None else pending
   cache, out = jit_decode[temperature](
-      view(), cache, lab.pages.reading(lengths, (), row), pending, np.asarray(lengths, np.int32), np.asarray(budgets, np.int32),
-      np.asarray(seeds, np.uint32), table, np.int32(floor))
+      view(), cache, lab.pages.reading(lengths, (), by_table), pending, np.asarray(lengths, np.int32),
+      np.asarray(budgets, np.int32), np.asarray(seeds, np.uint32), table, np.int32(floor))
   return cache, jax.device_get(out)
 
 
 LENGTHS = [4, 9, 2, 6]
 
 
-def test_budgets_end_slots_one_by_one_and_only_what_was_drawn_is_written(lab, row):
+def test_budgets_end_slots_one_by_one_and_only_what_was_drawn_is_written(lab, by_table):
   before = lab.filled(LENGTHS)
-  after, out = decode(lab, before, LENGTHS, [3, 0, 6, 1], row=row)
+  after, out = decode(lab, before, LENGTHS, [3, 0, 6, 1], by_table=by_table)
   assert out.counts.tolist() == [3, 0, 6, 1] and not out.stopped.any()
   for slot, (length, count) in enumerate(zip(LENGTHS, out.counts)):
     same(lab.held(after, slot, length), lab.held(before, slot, length))
     same(lab.held(after, slot, start=length + count), lab.held(before, slot, start=length + count))
 
 
-def test_greedy_decode_follows_the_learner(lab, row):
-  after, out = decode(lab, lab.filled(LENGTHS), LENGTHS, [STEPS] * SLOTS, temperature=0.0, row=row)
+def test_greedy_decode_follows_the_learner(lab, by_table):
+  after, out = decode(lab, lab.filled(LENGTHS), LENGTHS, [STEPS] * SLOTS, temperature=0.0, by_table=by_table)
   contexts = TOKENS.copy()
   for slot, n in enumerate(LENGTHS):
     contexts[slot, n + 1:n + 1 + STEPS] = out.tokens[slot]

@@ -104,21 +104,6 @@ def test_no_more_than_the_largest_cache_is_taken_and_what_is_held_stays(tiny):
   np.testing.assert_array_equal(sampler.decode({0: request(70)})[0].tokens, first.tokens)
 
 
-def test_slots_that_read_more_than_there_is_a_shape_for_draw_in_several_calls(tiny):
-  """Rows for 4 x 32 tokens in all, and a cache that holds three times as much."""
-  tight, wide = tiny.sampler(4, capacities=(24,), room=96), tiny.sampler()
-  drawn = []
-  for sampler in (tight, wide):
-    sampler.reset()
-    sampler.extend([Extension(s, TOKENS[s:60 + s], 0) for s in range(4)])
-    steps = sampler.steps
-    drawn.append(sampler.decode({s: SlotRequest(9, 60, 6, (1, s), ()) for s in range(4)}))
-    assert sampler.steps - steps == (4 if sampler is tight else 1) * 6  # each needs three rows of 32
-  for seat in range(4):
-    np.testing.assert_array_equal(drawn[0][seat].tokens, drawn[1][seat].tokens)
-    np.testing.assert_allclose(drawn[0][seat].log_probs, drawn[1][seat].log_probs, atol=1e-5)
-
-
 def test_observations_behind_contexts_of_unlike_length_are_written_by_like_length(tiny):
   sampler = Sampler(tiny.config, slots=4, context=96, chunk=8, capacities=(96,), row_buckets=(2, 4), token_buckets=(16,), block=16)
   sampler.set_params(tiny.params)

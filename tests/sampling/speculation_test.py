@@ -49,15 +49,15 @@ def propose(speculation_):
 
 
 @pytest.fixture(name='lab')
-def make_lab(pages, row):
-  return Lab(pages, row)
+def make_lab(pages, by_table):
+  return Lab(pages, by_table)
 
 
 class Lab:
   """Contexts in blocks of 8, and both ways of decoding on them."""
 
-  def __init__(self, pages, row):
-    self.pages, self.row = pages(CONFIG, SLOTS, CAPACITY // 8, 8, STEPS * (GUESS.tokens + 1)), row
+  def __init__(self, pages, by_table):
+    self.pages, self.by_table = pages(CONFIG, SLOTS, CAPACITY // 8, 8, STEPS * (GUESS.tokens + 1)), by_table
 
   def filled(self, tokens, lengths, sharpness):
     """A cache with tokens[s, :lengths[s]] in each slot, and rubbish elsewhere."""
@@ -67,7 +67,7 @@ class Lab:
   def both(self, tokens, lengths, budgets, stops, floor=0, sharpness=1.0):
     """What plain decoding and speculation draw, on the host."""
     seeds = np.arange(2 * SLOTS, dtype=np.uint32).reshape(SLOTS, 2)
-    arguments = (view(sharpness)[0], self.filled(tokens, lengths, sharpness), self.pages.reading(lengths, (), self.row),
+    arguments = (view(sharpness)[0], self.filled(tokens, lengths, sharpness), self.pages.reading(lengths, (), self.by_table),
                  tokens[np.arange(SLOTS), lengths], lengths, budgets, seeds, stops, np.int32(floor))
     return jax.device_get(jit_plain(*arguments)), jax.device_get(jit_guess(*arguments, tokens))
 
@@ -119,7 +119,7 @@ def test_a_wide_step_predicts_what_the_learner_does(lab, at, first):
   width = min(4, CAPACITY - at)
   guesses = np.zeros((SLOTS, 4), np.int32)
   guesses[:, :width] = tokens[:, at:at + width]
-  cache, reading = lab.filled(tokens, begun, 1.0), lab.pages.reading(begun, (), lab.row)
+  cache, reading = lab.filled(tokens, begun, 1.0), lab.pages.reading(begun, (), lab.by_table)
   fresh = caches.init_fresh(cache, reading, 16)
   for done in range(first, at, 4):
     fresh, _ = jit_wide(view()[0], cache, fresh, reading, tokens[:, done:done + 4], np.full(SLOTS, done, np.int32), begun)
@@ -183,7 +183,7 @@ def test_draws_follow_the_distribution_of_the_learner(lab):
   probs = np.exp(np.asarray(scored.log_probs)[:, -3:].sum(1))
   assert probs.sum() == pytest.approx(1.0, abs=1e-4)
   counts, rounds = np.zeros(len(sequences)), 250
-  cache, reading = lab.filled(tokens, lengths, sharpness), lab.pages.reading(lengths, (), lab.row)
+  cache, reading = lab.filled(tokens, lengths, sharpness), lab.pages.reading(lengths, (), lab.by_table)
   for i in range(rounds):
     seeds = np.stack([np.full(SLOTS, i), np.arange(SLOTS)], 1).astype(np.uint32)
     out = jax.device_get(jit_guess(view(sharpness)[0], cache, reading, tokens[:, lengths[0]], lengths, budgets, seeds, none,
