@@ -114,13 +114,13 @@ def _product(rows: int, columns: int):
       targets = [places(at(c, index(r), c_step)) for r in range(rows)]
       left = [at(a, index(r), a_step) for r in range(rows)]
       nothing = ir.Constant(vector, [0.0] * lanes)
-      sums = [[cgutils.alloca_once_value(builder, nothing) for _ in range(parts)] for _ in range(rows)]
+      sums = [[[cgutils.alloca_once_value(builder, nothing) for _ in range(parts)] for _ in range(rows)] for _ in range(2)]
 
       # What b is followed by is brought into the processor's cache meanwhile, a line for each that is read.
       prefetch = cgutils.get_or_insert_function(
           builder.module, ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT]), 'llvm.prefetch.p0')
 
-      def step(i):
+      def step(i, sums):
         for line in places(at(ahead, i, b_step)):
           builder.call(prefetch, [builder.bitcast(line, _BYTE.as_pointer()), *(ir.Constant(_INT, x) for x in (0, 3, 1))])
         right = [load(x) for x in places(at(b, i, b_step))]
@@ -135,13 +135,14 @@ def _product(rows: int, columns: int):
       whole = builder.udiv(count, index(_UNROLL))
       with cgutils.for_range(builder, whole) as loop:
         for i in range(_UNROLL):
-          step(builder.add(builder.mul(loop.index, index(_UNROLL)), index(i)))
+          step(builder.add(builder.mul(loop.index, index(_UNROLL)), index(i)), sums[i % 2])
       with cgutils.for_range_slice(builder, builder.mul(whole, index(_UNROLL)), count, index(1)) as (i, _):
-        step(i)
+        step(i, sums[0])
       for r in range(rows):
         for j in range(parts):
           there = builder.select(add, load(targets[r][j]), nothing)
-          builder.store(builder.fadd(builder.load(sums[r][j]), there), targets[r][j]).align = 4
+          total = builder.fadd(builder.load(sums[0][r][j]), builder.load(sums[1][r][j]))
+          builder.store(builder.fadd(total, there), targets[r][j]).align = 4
 
     return types.void(add, c, c_step, a, a_step, b, b_step, count, ahead), generate
 
@@ -149,9 +150,22 @@ def _product(rows: int, columns: int):
 
 
 @intrinsic
-def _from_bits(typing, bits):
-  """Returns the float32 with these bits, int32."""
-  return types.float32(types.int32), lambda context, builder, _, args: builder.bitcast(args[0], _FLOAT)
+def _two_to_the(typing, whole):
+  """Returns 2^whole for a whole number from -126 to 127, float32: its bits are those of the exponent."""
+  def generate(context, builder, signature, args):
+    exponent = builder.add(builder.fptosi(args[0], _INT), ir.Constant(_INT, 127))
+    return builder.bitcast(builder.shl(exponent, ir.Constant(_INT, 23)), _FLOAT)
+
+  return types.float32(types.float32), generate
+
+
+@intrinsic
+def _larger(typing, a, b):
+  """Returns the larger of two numbers, which a loop takes of many at once, as it does not with numba's max."""
+  def generate(context, builder, signature, args):
+    return builder.select(builder.fcmp_ordered('>', *args, flags=('fast',)), *args, flags=('fast',))
+
+  return types.float32(types.float32, types.float32), generate
 
 
 @intrinsic
@@ -210,13 +224,13 @@ def _softmax(scores, begin, end, stop):
     scores[i] = _MASKED
   top, total = _MASKED, np.float32(0)
   for i in range(stop):
-    top = max(top, scores[i])
+    top = _larger(top, scores[i])
   for i in range(stop):
-    exponent = max((scores[i] - top) * _LOG2_E, _LOWEST)
+    exponent = _larger((scores[i] - top) * _LOG2_E, _LOWEST)
     whole = np.floor(exponent + _HALF)
     x = exponent - whole
     power = np.float32(1) + x * (_C1 + x * (_C2 + x * (_C3 + x * (_C4 + x * (_C5 + x * _C6)))))
-    scores[i] = power * _from_bits((np.int32(whole) + np.int32(127)) << np.int32(23))  # 2^whole
+    scores[i] = power * _two_to_the(whole)
     total += scores[i]
   return top, total
 
