@@ -91,7 +91,7 @@ def get_config() -> ConfigDict:
   c.rollout.trajectory_calls = 1_024
   c.rollout.trajectory_seconds = 3_600.0  # wall time, waiting included
   c.rollout.context_tokens = 256
-  c.rollout.capacities = ()  # sizes of what a step reads, in tokens a slot on average; () for a geometric series up to context_tokens
+  c.rollout.capacities = ()  # sizes of the cache, in tokens a slot on average; () for a geometric series up to context_tokens
   c.rollout.room = 0  # tokens that the cache can hold, a slot on average; 0 for the largest of capacities
   c.rollout.block = 0  # tokens of a block of the cache, which contexts share; 0 for about 64, on CPUs 32, on TPUs 128
   c.rollout.token_buckets = ()  # tokens of a row that one extension writes; () for 16 and 64
