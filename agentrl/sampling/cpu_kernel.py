@@ -114,6 +114,7 @@ def _product(rows: int, columns: int):
       targets = [places(at(c, index(r), c_step)) for r in range(rows)]
       left = [at(a, index(r), a_step) for r in range(rows)]
       nothing = ir.Constant(vector, [0.0] * lanes)
+      # Two of each, so that an addition need not wait for the one before.
       sums = [[[cgutils.alloca_once_value(builder, nothing) for _ in range(parts)] for _ in range(rows)] for _ in range(2)]
 
       # What b is followed by is brought into the processor's cache meanwhile, a line for each that is read.
@@ -261,7 +262,10 @@ def _attend_slot(rows, keys, values, table, positions, sizes, window, scores, to
   for i in range(begin, end):
     block = _at(keys, table[i] * k * tile)
     soon = i + _AHEAD
-    ahead = _at(keys, table[soon] * k * tile) if soon < end else _at(values, table[min(begin + soon - end, end - 1)] * k * tile)
+    if soon < end:
+      ahead = _at(keys, table[soon] * k * tile)
+    else:
+      ahead = _at(values, table[min(begin + soon - end, end - 1)] * k * tile)
     for h in range(k):
       _multiply(False, _at(scores, h * r * columns + i * p), columns, _at(rows, h * r * dh), dh, _at(block, h * tile), p, r,
                 dh, _at(ahead, h * tile))
@@ -290,7 +294,8 @@ def _attend_slot(rows, keys, values, table, positions, sizes, window, scores, to
 # Of the structs in xla/ffi/api/c_api.h, in words of eight bytes.
 _API_VERSION = 3 << 32  # minor and major
 _FRAME_EXTENSION, _FRAME_OPERANDS, _FRAME_RESULTS = 1, 9, 14
-_EXTENSION_METADATA, _METADATA_VERSION, _METADATA_TRAITS = 3, 3, 4
+_EXTENSION_KIND, _EXTENSION_METADATA, _METADATA_VERSION, _METADATA_TRAITS = 1, 3, 3, 4
+_METADATA = 1  # kind of extension
 _BUFFER_DATA, _BUFFER_SIZES = 3, 5
 
 
@@ -307,8 +312,9 @@ def _data(buffer):
 @numba.cfunc(types.int64(types.CPointer(types.int64)), cache=True)
 def _handle(frame):
   """`attend` as a handler of XLA's foreign function interface; returns no error."""
-  if frame[_FRAME_EXTENSION]:  # it is asked what it was written for
-    metadata = _words(_words(frame[_FRAME_EXTENSION])[_EXTENSION_METADATA])
+  extension = frame[_FRAME_EXTENSION]
+  if extension and _words(extension)[_EXTENSION_KIND] & 0xFFFFFFFF == _METADATA:  # it is asked what it was written for
+    metadata = _words(_words(extension)[_EXTENSION_METADATA])
     metadata[_METADATA_VERSION], metadata[_METADATA_TRAITS] = _API_VERSION, 0
     return 0
   operands, results = _words(frame[_FRAME_OPERANDS]), _words(frame[_FRAME_RESULTS])
