@@ -14,7 +14,7 @@ heads, Dh head width, V vocabulary.
 from __future__ import annotations
 
 import functools
-from typing import Any, Mapping, NamedTuple
+from typing import Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,36 +150,6 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
            seeds: jax.Array, stops: jax.Array, floor: jax.Array, *, steps: int, config: ModelConfig,
            sampling: SamplingParams = SamplingParams(), masks: MaskTable | None = None,
            kernels: Kernels | None = None) -> tuple[Cache, Decoded]:
-  """Draws up to `steps` tokens in every active slot, as `run` does, and stores what is new.
-
-  Args:
-    params: Sampler's view.
-    cache: Donate it.
-    reading: Which blocks are whose.
-    pending: As for `run`, and so are all that follow.
-    lengths: [S] int32.
-    budgets: [S] int32.
-    seeds: [S, 2] uint32.
-    stops: [S, Z] int32.
-    floor: int32 scalar.
-    steps: Static.
-    config: Static.
-    sampling: Static.
-    masks: Static.
-    kernels: Static.
-  Returns:
-    The cache, now holding all but the last drawn token of each slot, and what was drawn.
-  """
-  fresh = caches.init_fresh(cache, reading, steps)
-  fresh, out = run(params, cache, fresh, reading, pending, lengths, budgets, seeds, stops, floor, steps=steps,
-                   config=config, sampling=sampling, masks=masks, kernels=kernels)
-  return caches.store(cache, fresh, reading, lengths, out.counts), out
-
-
-def run(params: Params, cache: Cache, fresh: Fresh, reading: Reading, pending: jax.Array, lengths: jax.Array,
-        budgets: jax.Array, seeds: jax.Array, stops: jax.Array, floor: jax.Array, *, steps: int, config: ModelConfig,
-        sampling: SamplingParams = SamplingParams(), masks: MaskTable | None = None,
-        kernels: Kernels | None = None) -> tuple[Fresh, Decoded]:
   """Draws up to `steps` tokens in every active slot.
 
   Ends early once no more than `floor` slots are active. The draw at position p of a slot depends on its context, its
@@ -187,8 +157,7 @@ def run(params: Params, cache: Cache, fresh: Fresh, reading: Reading, pending: j
 
   Args:
     params: Sampler's view.
-    cache: Only read.
-    fresh: Donate it.
+    cache: Donate it.
     reading: Which blocks are whose.
     pending: [S] int32. Last token of each slot's context, not yet in the cache.
     lengths: [S] int32. Tokens before it.
@@ -202,7 +171,7 @@ def run(params: Params, cache: Cache, fresh: Fresh, reading: Reading, pending: j
     masks: Static. Asked at each step which tokens may be drawn; None for all.
     kernels: Static. Attend, see `kernels.choose`; None for plain products.
   Returns:
-    The buffer, now holding all but the last drawn token of each slot, and what was drawn.
+    The cache, now holding all but the last drawn token of each slot, and what was drawn.
   """
   slots = pending.shape[0]
   keys = jax.random.wrap_key_data(seeds, impl='threefry2x32')
@@ -229,6 +198,7 @@ def run(params: Params, cache: Cache, fresh: Fresh, reading: Reading, pending: j
   first = lengths
   plans = kernels and kernels.plan(reading, first, config.kinds, config.num_heads // config.num_kv_heads, cache)
   out = Drawn(jnp.zeros((slots, steps), jnp.int32), jnp.zeros((slots, steps)), jnp.zeros((slots, steps)))
+  fresh = caches.init_fresh(cache, reading, steps)
   carry = (jnp.int32(0), fresh, pending, lengths, out, jnp.zeros(slots, bool), budgets > 0)
   step, fresh, _, lengths, out, stopped, _ = jax.lax.while_loop(running, body, carry)
-  return fresh, Decoded(*out, lengths - first, stopped, step)
+  return caches.store(cache, fresh, reading, first, lengths - first), Decoded(*out, lengths - first, stopped, step)

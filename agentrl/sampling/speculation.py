@@ -11,15 +11,13 @@ Axes: S slots, P proposed tokens, W = P + 1 tokens of a step, C columns of the h
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import Params
 from agentrl.sampling import cache as caches
-from agentrl.sampling.cache import Cache, Fresh, Reading
+from agentrl.sampling.cache import Cache, Reading
 from agentrl.sampling.constrain import MaskTable
 from agentrl.sampling.draw import Drawn, SamplingParams, draw
 from agentrl.sampling.functions import Decoded, next_logits
@@ -74,8 +72,9 @@ def propose(history: jax.Array, lengths: jax.Array, speculation: Speculation) ->
 
 def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, lengths: jax.Array, budgets: jax.Array,
            seeds: jax.Array, stops: jax.Array, floor: jax.Array, history: jax.Array, *, steps: int, config: ModelConfig,
-           speculation: Speculation, **more: Any) -> tuple[Cache, Decoded]:
-  """Draws what `functions.decode` would, up to `steps` x W tokens in every active slot, as `run` does.
+           speculation: Speculation, sampling: SamplingParams = SamplingParams(), masks: MaskTable | None = None,
+           kernels: Kernels | None = None) -> tuple[Cache, Decoded]:
+  """Draws what `functions.decode` would, up to `steps` x W tokens in every active slot: several a step where guesses are right.
 
   Args:
     params: As there, and so are all that are not named here.
@@ -91,22 +90,12 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
     steps: Static. Passes through the network.
     config: Static.
     speculation: Static.
-    **more: Of `run`.
+    sampling: Static.
+    masks: Static.
+    kernels: Static.
   Returns:
     The cache and what was drawn; its arrays are [S, steps x W].
   """
-  columns = steps * (speculation.tokens + 1)
-  fresh = caches.init_fresh(cache, reading, columns)
-  fresh, out = run(params, cache, fresh, reading, pending, lengths, budgets, seeds, stops, floor, history, steps=steps,
-                   config=config, speculation=speculation, **more)
-  return caches.store(cache, fresh, reading, lengths, out.counts), out
-
-
-def run(params: Params, cache: Cache, fresh: Fresh, reading: Reading, pending: jax.Array, lengths: jax.Array,
-        budgets: jax.Array, seeds: jax.Array, stops: jax.Array, floor: jax.Array, history: jax.Array, *, steps: int,
-        config: ModelConfig, speculation: Speculation, sampling: SamplingParams = SamplingParams(),
-        masks: MaskTable | None = None, kernels: Kernels | None = None) -> tuple[Fresh, Decoded]:
-  """Draws what `functions.run` would, several tokens a step where guesses are right; see `decode`."""
   slots, width = pending.shape[0], speculation.tokens + 1
   keys = jax.random.wrap_key_data(seeds, impl='threefry2x32')
   fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
@@ -144,9 +133,10 @@ def run(params: Params, cache: Cache, fresh: Fresh, reading: Reading, pending: j
   nothing = jnp.zeros((slots, steps * width))
   out = Drawn(nothing.astype(jnp.int32), nothing, nothing)
   history = history.at[jnp.arange(slots), lengths].set(pending)
+  fresh = caches.init_fresh(cache, reading, steps * width)
   carry = (jnp.int32(0), fresh, history, lengths, out, jnp.zeros(slots, bool), budgets > 0)
   step, fresh, _, lengths, out, stopped, _ = jax.lax.while_loop(running, body, carry)
-  return fresh, Decoded(*out, lengths - first, stopped, step)
+  return caches.store(cache, fresh, reading, first, lengths - first), Decoded(*out, lengths - first, stopped, step)
 
 
 def _kept(tokens: jax.Array, proposals: jax.Array, hits: jax.Array, left: jax.Array) -> jax.Array:
