@@ -36,8 +36,6 @@ _EXACT = jax.lax.Precision.HIGHEST
 class Cache(NamedTuple):
   """Keys and values of all blocks, one buffer a layer, never stacked, so that each is written in place.
 
-  Block 0 stands for none: nothing is written there.
-
   Attributes:
     keys: L of [N, K, Dh, P]: with the tokens last the scores of a step are plain matrix products.
     values: L of [N, K, P, Dh].
@@ -78,7 +76,7 @@ class Reading(NamedTuple):
     shared_starts: [M] int32.
     shared_count: int32 scalar.
     sharers: [S, M] bool.
-    targets: [S, J] int32. Blocks for what is new, from that of the first new position on; 0 where there is none.
+    targets: [S, J] int32. Blocks for what is new, from that of the first new position on; N where there is none.
     tables: [S, B] int32. Blocks of each context, in order, then N, to read and write by; the others do not matter then.
       None to read by block.
   """
