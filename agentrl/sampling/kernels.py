@@ -174,11 +174,16 @@ def choose(config: ModelConfig, block: int, where: NamedSharding | None, platfor
     where: How the cache is split; None if one device has it.
     platform: As jax names it; None for that of `where`, or of the default backend.
   """
-  platform = platform or (where.mesh.devices.flat[0].platform if where else jax.default_backend())
+  platform = platform or platform_of(where)
   fits = block % LANES == 0 and (config.head_dim % LANES == 0 or config.head_dim == 64)
   if platform != 'tpu' or config.attention == 'xla' or not fits:
     return None
   return Kernels(where if where is not None and where.mesh.size > 1 else None)
+
+
+def platform_of(where: NamedSharding | None) -> str:
+  """Returns the platform of the devices that a cache lies on, as jax names it; None for the default device."""
+  return where.mesh.devices.flat[0].platform if where else jax.default_backend()
 
 
 def reads_by_table(config: ModelConfig, where: NamedSharding | None) -> bool:
@@ -188,8 +193,7 @@ def reads_by_table(config: ModelConfig, where: NamedSharding | None) -> bool:
     config: Of the policy. Its `attention` 'xla' asks for plain products.
     where: How the cache is split; None for the default device.
   """
-  platform = where.mesh.devices.flat[0].platform if where else jax.default_backend()
-  if platform != 'cpu' or config.attention == 'xla' or (where is not None and where.mesh.size > 1):
+  if platform_of(where) != 'cpu' or config.attention == 'xla' or (where is not None and where.mesh.size > 1):
     return False
   try:
     from agentrl.sampling import cpu_kernel  # pylint: disable=g-import-not-at-top

@@ -244,8 +244,9 @@ class Sampler:
   def reset(self):
     """Empties the cache and makes it small again."""
     self.contexts.clear()
-    # What the kernel that reads by table can multiply.
-    self.cache = caches.init(self.config, self.contexts.size, self.block, 'float32' if self._by_table else '')
+    # What CPUs can multiply, whatever the shapes.
+    dtype = 'float32' if kernel_choice.platform_of(self._where) == 'cpu' else ''
+    self.cache = caches.init(self.config, self.contexts.size, self.block, dtype)
     if self._where is not None:
       self.cache = jax.device_put(self.cache, self._where)
     self.block_bytes = sum(x.nbytes for x in jax.tree.leaves(self.cache)) // self.cache.blocks  # in all layers

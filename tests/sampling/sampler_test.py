@@ -126,9 +126,10 @@ def test_observations_behind_contexts_of_unlike_length_are_written_by_like_lengt
     np.testing.assert_allclose(drawn[0][seat].log_probs, drawn[1][seat].log_probs, atol=1e-5)
 
 
-def test_half_precision_draws_what_it_would_without_sharing(tiny):
+@pytest.mark.parametrize('attention', ['auto', 'xla'])
+def test_half_precision_draws_what_it_would_without_sharing(tiny, attention):
   """One query a head: XLA's CPU backend has no such product of bfloat16."""
-  config = dataclasses.replace(tiny.config, num_kv_heads=4, compute_dtype='bfloat16')
+  config = dataclasses.replace(tiny.config, num_kv_heads=4, compute_dtype='bfloat16', attention=attention)
   params, drawn = init_params(config, jax.random.key(0)), []
   for share in (True, False):
     sampler = Sampler(config, slots=4, context=96, chunk=4, capacities=(96,), row_buckets=(4,), token_buckets=(16,), share=share)
