@@ -10,7 +10,7 @@ A call of `decode` reads and writes in one of two ways:
                is only read; new keys and values go to a buffer, and `store` moves them to their blocks at the end. On
                accelerators and meshes.
     by table   A kernel follows the table of each context's blocks, and new keys and values go to their blocks at once. On
-               a single CPU device.
+               a single CPU device, where the same kernel reads for extensions.
 
 Axes: N blocks, P tokens of a block, S slots, W tokens of a step, R queries of a key/value head (W x H/K), K key/value
 heads, Dh head width, F columns of the buffer, B blocks of a context, L layers.
@@ -258,16 +258,14 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, fresh_keys: jax.Arr
     window: Tokens back that a query sees, itself included; 0 for all.
     scale: 0 for Dh^-1/2.
     sinks: [K, H/K], see `layers.attention_weights`.
-    own: From scaled queries [S, K, R, Dh] to attention over the blocks that each slot alone reads; None for plain products.
+    own: From scaled queries [S, K, R, Dh] to attention over the blocks that each slot alone reads, or, by table, over all;
+      None for plain products, by block.
   Returns:
     [S, W, K, H/K, Dh].
   """
   rows = _rows(q, scale)
   if reading.tables is not None:
-    from agentrl.sampling import cpu_kernel  # pylint: disable=g-import-not-at-top  (not where it is of no use)
-
-    parts = cpu_kernel.attend(rows.astype(jnp.float32), fresh_keys, fresh_values, reading.tables, positions, window)
-    return _finish(parts, q, sinks)
+    return _finish(own(rows), q, sinks)
   if own is None:
     parts = _own(rows, keys, values, fresh_keys, fresh_values, reading, positions, first, window)
   else:

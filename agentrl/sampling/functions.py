@@ -14,7 +14,7 @@ heads, Dh head width, V vocabulary.
 from __future__ import annotations
 
 import functools
-from typing import Mapping, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from agentrl.sampling import cache as caches
 from agentrl.sampling.cache import Cache, Fresh, Reading
 from agentrl.sampling.constrain import MaskTable
 from agentrl.sampling.draw import Drawn, SamplingParams, draw
-from agentrl.sampling.kernels import Kernels, Plan
+from agentrl.sampling.kernels import Kernels
 
 
 # Logical axes of the residual stream but the last: of a step, and of an extension, whose few rows every device has.
@@ -111,7 +111,7 @@ def extend(params: Params, cache: Cache, tokens: jax.Array, starts: jax.Array, c
 
 def next_logits(params: Params, cache: Cache, fresh: Fresh, reading: Reading, tokens: jax.Array, lengths: jax.Array,
                 first: jax.Array, config: ModelConfig, kernels: Kernels | None = None,
-                plans: Mapping[int, Plan] | None = None, active: jax.Array | None = None) -> tuple[Fresh, jax.Array]:
+                plans: Any = None, active: jax.Array | None = None) -> tuple[Fresh, jax.Array]:
   """Returns (what is new with the keys and values of `tokens`, [S, W, V] float32 logits of what follows each of them).
 
   Args:
@@ -123,7 +123,7 @@ def next_logits(params: Params, cache: Cache, fresh: Fresh, reading: Reading, to
     lengths: [S] int32. Tokens before them; lengths - first may differ between slots that are read only if W > 1.
     first: [S] int32. Of these, those in blocks; the others are in `fresh`, which may have the blocks' tokens as well.
     config: Static.
-    kernels: Static. Attend, see `kernels.choose`; None for plain products.
+    kernels: Static. Attend, see `kernels.choose`; None for plain products, by block.
     plans: What `kernels.plan` gives.
     active: [S] bool. Slots whose tokens are kept where they are read by table; None for all.
   """
@@ -137,7 +137,8 @@ def next_logits(params: Params, cache: Cache, fresh: Fresh, reading: Reading, to
     keys.append(caches.append(fresh.keys[i], k, positions, first, reading, active, axis=3))
     values.append(caches.append(fresh.values[i], v, positions, first, reading, active, axis=2))
     window = config.kinds[kind]
-    own = kernels and kernels.slots(cache.keys[i], cache.values[i], plans, positions, first, window)
+    held = (cache.keys[i], cache.values[i]) if reading.tables is None else (keys[-1], values[-1])
+    own = kernels and kernels.slots(*held, plans, positions, first, window)
     attended = caches.attend(q, cache.keys[i], cache.values[i], keys[-1], values[-1], reading, positions, first,
                              window=window, scale=config.query_scale, sinks=layer.get('sinks'), own=own)
     x = layers.add_attention(layer, x, attended, config, STEP)
@@ -169,7 +170,7 @@ def decode(params: Params, cache: Cache, reading: Reading, pending: jax.Array, l
     config: Static.
     sampling: Static.
     masks: Static. Asked at each step which tokens may be drawn; None for all.
-    kernels: Static. Attend, see `kernels.choose`; None for plain products.
+    kernels: Static. Attend, see `kernels.choose`; None for plain products, by block.
   Returns:
     The cache, now holding all but the last drawn token of each slot, and what was drawn.
   """

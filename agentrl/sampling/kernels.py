@@ -1,13 +1,13 @@
-"""Attention over the blocks of the cache by Pallas kernels for TPUs.
+"""Attention over the blocks of the cache by kernels: which there are, and those for TPUs, by Pallas.
 
-`cache.attend_rows` and `cache.attend` are the same in plain XLA, which runs anywhere. Here scores never leave the chip,
-and of the cache only those blocks are read that a query can see: none that is free, nor any that a window has left
-behind.
+`cpu_kernel` has those for CPUs. `cache.attend_rows` and `cache.attend` are the same in plain XLA, which runs anywhere.
+Here scores never leave the chip, and of the cache only those blocks are read that a query can see: none that is free, nor
+any that a window has left behind.
 
 jax's own paged kernels want keys and values interleaved with tokens first, have no sinks, and do not return sums that
 could be added to those over shared blocks and new tokens.
 
-Both kernels fetch a few blocks at a time into one of two buffers while they compute on the other:
+Both kernels for TPUs fetch a few blocks at a time into one of two buffers while they compute on the other:
 
     rows    many queries of few contexts (extend): a program has a tile of one context's queries for one head
     slots   few queries of many contexts (decode): a program has half of the slots or fewer, and all their blocks pass
@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Callable, Iterable, Mapping, NamedTuple
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Protocol
 
 from absl import logging
 import jax
@@ -68,17 +68,8 @@ class Plan(NamedTuple):
   cuts: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernels:
-  """Reads a cache that lies in one place.
-
-  Attributes:
-    where: How the cache is split; None if one device has it.
-    interpret: Run without a TPU, slowly: True, or what `pl.pallas_call` takes.
-  """
-
-  where: NamedSharding | None = None
-  interpret: Any = False
+class Kernels(Protocol):
+  """Attention over the cache, in its two forms: `rows` for an extension, `plan` and `slots` for a step."""
 
   def rows(self, keys: jax.Array, values: jax.Array, tables: jax.Array, positions: jax.Array, lengths: jax.Array,
            window: int) -> Callable[[jax.Array], Partial]:
@@ -92,6 +83,48 @@ class Kernels:
       lengths: [A] int32. Tokens of each context; of queries beyond them nothing is said.
       window: Tokens back that a query sees, itself included; 0 for all.
     """
+
+  def plan(self, reading: Reading, first: jax.Array, windows: Iterable[int], queries: int, cache: Cache) -> Any:
+    """Returns what `slots` needs to know for a call of `decode`.
+
+    Args:
+      reading: Which blocks are whose.
+      first: [S] int32. Position of the first query of each slot.
+      windows: Of the layers.
+      queries: R.
+      cache: To be read; its shape counts.
+    """
+
+  def slots(self, keys: jax.Array, values: jax.Array, plans: Any, positions: jax.Array, first: jax.Array,
+            window: int) -> Callable[[jax.Array], Partial]:
+    """Returns what gives, for scaled queries [S, K, R, Dh], the attention of slots over the blocks that they alone read.
+
+    By table, over all of their blocks.
+
+    Args:
+      keys: [N, K, Dh, P].
+      values: [N, K, P, Dh].
+      plans: See `plan`.
+      positions: [S, W] int32. Of the queries, each one more than that before.
+      first: [S] int32. Tokens of each slot that are in blocks.
+      window: As for `rows`.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuKernels:
+  """`Kernels` by Pallas; what `plan` gives is by window.
+
+  Attributes:
+    where: How the cache is split; None if one device has it.
+    interpret: Run without a TPU, slowly: True, or what `pl.pallas_call` takes.
+  """
+
+  where: NamedSharding | None = None
+  interpret: Any = False
+
+  def rows(self, keys: jax.Array, values: jax.Array, tables: jax.Array, positions: jax.Array, lengths: jax.Array,
+           window: int) -> Callable[[jax.Array], Partial]:
     local = functools.partial(_rows_local, width=positions.shape[1], window=window, ways=self._ways,
                               interpret=self.interpret)
 
@@ -104,15 +137,6 @@ class Kernels:
 
   def plan(self, reading: Reading, first: jax.Array, windows: Iterable[int], queries: int,
            cache: Cache) -> Mapping[int, Plan]:
-    """Returns what `slots` needs to know, by window, for a call of `decode`.
-
-    Args:
-      reading: Which blocks are whose.
-      first: [S] int32. Position of the first query of each slot.
-      windows: Of the layers.
-      queries: R.
-      cache: To be read; its shape counts.
-    """
     split, shape = PartitionSpec(self._axes[0]), cache.keys[0].shape
     if self.where is not None:
       shape = self.where.shard_shape(shape)
@@ -123,16 +147,6 @@ class Kernels:
 
   def slots(self, keys: jax.Array, values: jax.Array, plans: Mapping[int, Plan], positions: jax.Array, first: jax.Array,
             window: int) -> Callable[[jax.Array], Partial]:
-    """Returns what gives, for scaled queries [S, K, R, Dh], the attention of slots over the blocks that they alone read.
-
-    Args:
-      keys: [N, K, Dh, P].
-      values: [N, K, P, Dh].
-      plans: See `plan`.
-      positions: [S, W] int32. Of the queries, each one more than that before.
-      first: [S] int32. Tokens of each slot that are in blocks.
-      window: As for `rows`.
-    """
     split = PartitionSpec(self._axes[0])
     local = functools.partial(_slots_local, width=positions.shape[1], window=window, ways=self._ways,
                               interpret=self.interpret)
@@ -175,10 +189,14 @@ def choose(config: ModelConfig, block: int, where: NamedSharding | None, platfor
     platform: As jax names it; None for that of `where`, or of the default backend.
   """
   platform = platform or platform_of(where)
+  if platform == 'cpu' and reads_by_table(config, where):
+    from agentrl.sampling import cpu_kernel  # pylint: disable=g-import-not-at-top  (not where numba is of no use)
+
+    return cpu_kernel.CpuKernels()
   fits = block % LANES == 0 and (config.head_dim % LANES == 0 or config.head_dim == 64)
   if platform != 'tpu' or config.attention == 'xla' or not fits:
     return None
-  return Kernels(where if where is not None and where.mesh.size > 1 else None)
+  return TpuKernels(where if where is not None and where.mesh.size > 1 else None)
 
 
 def platform_of(where: NamedSharding | None) -> str:
@@ -187,7 +205,7 @@ def platform_of(where: NamedSharding | None) -> str:
 
 
 def reads_by_table(config: ModelConfig, where: NamedSharding | None) -> bool:
-  """Returns whether decoding reads the cache by table, see `cache`: on one CPU device, where numba compiles the kernel.
+  """Returns whether the cache is read by table, see `cache`: on one CPU device, where numba compiles the kernel.
 
   Args:
     config: Of the policy. Its `attention` 'xla' asks for plain products.

@@ -29,7 +29,6 @@ from agentrl.sharding import mesh as meshes
 MAX_STOPS = 8
 TPU_BLOCK = 128  # columns of a tile: of fewer, what extend and decode want of the cache's layout differs, and it is copied
 CPU_BLOCK = 32
-RAGGED = 1.5  # times their mean that the longest context of an extension is for it to take several calls
 # Blocks that one call copies, and that one call takes out of the cache or puts back.
 COPY_ROWS = 8
 PARK_ROWS = 4
@@ -390,16 +389,9 @@ class Sampler:
         width = next((b for b in self.token_buckets if b >= len(w.tokens) - done), widest)
         by_width.setdefault(width, []).append((w, done))
       for width, rows in by_width.items():
-        for part in self._alike(rows):
+        for part in split_rows(rows, self.row_buckets):
           self._write_rows(part, width, policy)
       todo = [(w, done + widest) for w, done in todo if len(w.tokens) - done > widest]
-
-  def _alike(self, rows: list[tuple[Write, int]]) -> list[list[tuple[Write, int]]]:
-    """Cuts rows into those of a call. On a CPU all of a call read as far as the longest: those of like length go together."""
-    starts = sorted(w.start + done for w, done in rows)
-    if not self._by_table or starts[-1] * len(starts) <= RAGGED * sum(starts):
-      return split_rows(rows, self.row_buckets)
-    return split_rows(sorted(rows, key=lambda row: row[0].start + row[1]), self.row_buckets[:-1] or self.row_buckets)
 
   def _write_rows(self, part: list[tuple[Write, int]], width: int, policy: str):
     rows = next(b for b in self.row_buckets if b >= len(part))

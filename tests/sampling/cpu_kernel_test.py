@@ -17,6 +17,12 @@ from agentrl.sampling import kernels
 SLOTS, BLOCKS, ROW = 3, 14, 4
 
 
+@functools.partial(jax.jit, static_argnames='window')
+def attend(rows, keys, values, tables, positions, window):
+  order = cpu_kernel.reading_order(tables, rows.shape, keys.shape)
+  return cpu_kernel.attend(rows, keys, values, tables, order, positions, window)
+
+
 class Case:
   """Contexts of one token, of about half of their blocks and of nearly all, strewn over a cache."""
 
@@ -33,7 +39,7 @@ class Case:
   def got(self, window=0, **changed):
     """Attention, [S, K, R, Dh], and the logarithms of the sums of exponentials that it was divided by."""
     arrays = {name: changed.get(name, getattr(self, name)) for name in ('rows', 'keys', 'values', 'tables', 'positions')}
-    parts = jax.jit(functools.partial(cpu_kernel.attend, window=window))(*arrays.values())
+    parts = attend(*arrays.values(), window=window)
     return np.asarray(parts.mean / parts.total[..., None]), np.asarray(parts.top + np.log(parts.total))
 
   def want(self, window=0):
@@ -107,6 +113,32 @@ def test_an_idle_slot_gets_numbers():
   got, want = case.got(tables=idle)[0], case.got()[0]
   np.testing.assert_array_equal(got[[0, 2]], want[[0, 2]])
   np.testing.assert_array_equal(got[1], 0)
+
+
+def test_neither_what_is_read_together_nor_where_blocks_lie_changes_a_bit(monkeypatch):
+  case = Case(width=3)
+  want = case.got()
+  monkeypatch.setattr(cpu_kernel, '_SCORES', 1)  # one slot at a time
+  attend.clear_cache()
+  jax.tree.map(np.testing.assert_array_equal, case.got(), want)
+  monkeypatch.undo()
+  attend.clear_cache()
+  to = np.random.default_rng(1).permutation(BLOCKS)
+  keys, values = np.empty_like(case.keys), np.empty_like(case.values)
+  keys[to], values[to] = case.keys, case.values
+  got = case.got(keys=keys, values=values, tables=to[case.tables].astype(np.int32))
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize('at_once', [3, 2, 1])
+def test_blocks_are_read_as_they_lie_and_each_contexts_in_its_order(monkeypatch, at_once):
+  rows, keys = (3, 1, 2, 4), (9, 1, 4, 8)
+  # The second context shares a block with the first; the third has its blocks the wrong way round, and one less.
+  tables = np.array([[0, 3, 6], [0, 4, 7], [8, 1, 9]], np.int32)
+  monkeypatch.setattr(cpu_kernel, '_SCORES', at_once * 2 * 24)
+  order = np.asarray(cpu_kernel.reading_order(tables, rows, keys))
+  want = {3: [0, 3, 1, 4, 2, 5, 6, 7, 8], 2: [0, 3, 1, 4, 2, 5, 0, 1, 2], 1: [0, 1, 2] * 3}[at_once]
+  np.testing.assert_array_equal(order, want)
 
 
 def test_who_reads_by_table(monkeypatch):

@@ -13,7 +13,7 @@ from agentrl.models import transformer
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import ParamSpec, param_specs
 from agentrl.sampling import cache as caches
-from agentrl.sampling import functions
+from agentrl.sampling import cpu_kernel, functions
 from agentrl.sampling.draw import SamplingParams
 
 CONFIG = ModelConfig(vocab_size=50, num_layers=2, width=16, ff_width=24, num_heads=4,
@@ -33,15 +33,22 @@ def params(config=CONFIG):
 
 
 view = functools.cache(lambda config=CONFIG: functions.sampler_view(params(config), config))
-jit_extend = {c: jax.jit(functools.partial(functions.extend, config=c)) for c in (CONFIG, LOCAL)}
-jit_logits = {c: jax.jit(functools.partial(functions.next_logits, config=c)) for c in (CONFIG, LOCAL)}
+jit_extend = jax.jit(functions.extend, static_argnames=('config', 'kernels'))
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'kernels'))
+def jit_logits(p, cache, fresh, reading, pending, lengths, first, config, kernels):
+  plans = kernels and kernels.plan(reading, first, config.kinds, config.num_heads // config.num_kv_heads, cache)
+  return functions.next_logits(p, cache, fresh, reading, pending, lengths, first, config, kernels, plans)
+
 
 
 class Lab:
   """Contexts in blocks of 4, and the functions under test on them."""
 
-  def __init__(self, pages, config=CONFIG):
-    self.config = config
+  def __init__(self, pages, by_table, config=CONFIG):
+    self.config, self.by_table = config, by_table
+    self.kernels = cpu_kernel.CpuKernels() if by_table else None
     self.pages = pages(config, SLOTS, CAPACITY // BLOCK, BLOCK, STEPS)
     self.noise, self.held = self.pages.noise, self.pages.held
 
@@ -53,7 +60,7 @@ class Lab:
     for r, (slot, new, start) in enumerate(writes):
       starts[r], counts[r], tables[r] = start, len(new), self.pages.tables[slot]
       tokens[r, :len(new)] = new
-    return jit_extend[self.config](view(self.config), cache, tokens, starts, counts, tables)
+    return jit_extend(view(self.config), cache, tokens, starts, counts, tables, config=self.config, kernels=self.kernels)
 
   def prefill(self, cache, slot, tokens, cuts=()):
     """Writes tokens from 0 on in parts that end at `cuts` and wherever WIDTH is full."""
@@ -68,22 +75,22 @@ class Lab:
       cache = self.prefill(cache, slot, TOKENS[slot, :n])
     return cache
 
-  def logits_after(self, cache, lengths, first=None, shared=(), tokens=TOKENS, by_table=False):
+  def logits_after(self, cache, lengths, first=None, shared=(), tokens=TOKENS):
     """Logits of what follows tokens[s, :lengths[s] + 1] in each slot, those before `first` from blocks."""
     lengths = np.asarray(lengths, np.int32)
     first = lengths if first is None else np.asarray(first, np.int32)
-    reading = self.pages.reading(first, shared, by_table)
+    reading = self.pages.reading(first, shared, self.by_table)
     fresh = caches.init_fresh(cache, reading, STEPS)
     for at in range(max(lengths - first) + 1):
       now = np.minimum(first + at, lengths)
       pending = tokens[np.arange(SLOTS), now][:, None]
-      fresh, logits = jit_logits[self.config](view(self.config), cache, fresh, reading, pending, now, first)
+      fresh, logits = jit_logits(view(self.config), cache, fresh, reading, pending, now, first, self.config, self.kernels)
     return np.asarray(logits)[:, 0]
 
 
 @pytest.fixture(name='lab')
-def make_lab(pages):
-  return Lab(pages)
+def make_lab(pages, by_table):
+  return Lab(pages, by_table)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -111,22 +118,22 @@ def test_the_view_holds_the_same_weights_without_value_head():
 
 @pytest.mark.parametrize('config', [CONFIG, LOCAL], ids=['plain', 'window and sinks'])
 def test_prefill_then_decode_predicts_what_the_learner_does(pages, config, by_table):
-  lab, lengths = Lab(pages, config), [3, 8, 13, CAPACITY - 1]
+  lab, lengths = Lab(pages, by_table, config), [3, 8, 13, CAPACITY - 1]
   cache = lab.filled(lengths)
   expected = learner_logits(params(config), TOKENS, config)[np.arange(SLOTS), lengths]
-  np.testing.assert_allclose(lab.logits_after(cache, lengths, by_table=by_table), expected, atol=2e-5)
+  np.testing.assert_allclose(lab.logits_after(cache, lengths), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize('config', [CONFIG, LOCAL], ids=['plain', 'window and sinks'])
 def test_what_is_new_and_what_is_in_blocks_make_one_context(pages, config, by_table):
-  lab, first, lengths = Lab(pages, config), [3, 8, 11, 17], [8, 13, 16, 22]
+  lab, first, lengths = Lab(pages, by_table, config), [3, 8, 11, 17], [8, 13, 16, 22]
   expected = learner_logits(params(config), TOKENS, config)[np.arange(SLOTS), lengths]
-  np.testing.assert_allclose(lab.logits_after(lab.filled(first), lengths, first, by_table=by_table), expected, atol=2e-5)
+  np.testing.assert_allclose(lab.logits_after(lab.filled(first), lengths, first), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize('config', [CONFIG, LOCAL], ids=['plain', 'window and sinks'])
 def test_blocks_that_all_slots_read_are_read_as_if_they_were_each_slots_own(pages, config, by_table):
-  lab, lengths = Lab(pages, config), [11, 8, 13, 20]
+  lab, lengths = Lab(pages, by_table, config), [11, 8, 13, 20]
   tokens = TOKENS.copy()
   tokens[:, :8] = tokens[0, :8]
   cache = lab.noise()
@@ -136,7 +143,7 @@ def test_blocks_that_all_slots_read_are_read_as_if_they_were_each_slots_own(page
   rubbish = lab.pages.tables[1:, :2].reshape(-1)
   cache = jax.tree.map(lambda x: x.at[rubbish].set(9.0), cache)
   expected = learner_logits(params(config), tokens, config)[np.arange(SLOTS), lengths]
-  got = lab.logits_after(cache, lengths, shared=(0, 1), tokens=tokens, by_table=by_table)
+  got = lab.logits_after(cache, lengths, shared=(0, 1), tokens=tokens)
   np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
@@ -185,37 +192,36 @@ def test_resize_keeps_what_fits(lab):
 # ---- decode --------------------------------------------------------------------------------------
 
 jit_decode = {
-    t: jax.jit(functools.partial(functions.decode, steps=STEPS, config=CONFIG,
-                                 sampling=SamplingParams(temperature=t))) for t in (1.0, 0.0)}
+    t: jax.jit(functools.partial(functions.decode, steps=STEPS, config=CONFIG, sampling=SamplingParams(temperature=t)),
+               static_argnames='kernels') for t in (1.0, 0.0)}
 SEEDS = np.arange(2 * SLOTS, dtype=np.uint32).reshape(SLOTS, 2)
 
 
-def decode(lab, cache, lengths, budgets, stops=(), floor=0, temperature=1.0, pending=None, seeds=SEEDS,
-           by_table=False):
+def decode(lab, cache, lengths, budgets, stops=(), floor=0, temperature=1.0, pending=None, seeds=SEEDS):
   table = np.full((SLOTS, 2), -1, np.int32)
   for slot, ids in stops:
     table[slot, :len(ids)] = ids
   pending = TOKENS[np.arange(SLOTS), lengths] if pending is None else pending
   cache, out = jit_decode[temperature](
-      view(), cache, lab.pages.reading(lengths, (), by_table), pending, np.asarray(lengths, np.int32),
-      np.asarray(budgets, np.int32), np.asarray(seeds, np.uint32), table, np.int32(floor))
+      view(), cache, lab.pages.reading(lengths, (), lab.by_table), pending, np.asarray(lengths, np.int32),
+      np.asarray(budgets, np.int32), np.asarray(seeds, np.uint32), table, np.int32(floor), kernels=lab.kernels)
   return cache, jax.device_get(out)
 
 
 LENGTHS = [4, 9, 2, 6]
 
 
-def test_budgets_end_slots_one_by_one_and_only_what_was_drawn_is_written(lab, by_table):
+def test_budgets_end_slots_one_by_one_and_only_what_was_drawn_is_written(lab):
   before = lab.filled(LENGTHS)
-  after, out = decode(lab, before, LENGTHS, [3, 0, 6, 1], by_table=by_table)
+  after, out = decode(lab, before, LENGTHS, [3, 0, 6, 1])
   assert out.counts.tolist() == [3, 0, 6, 1] and not out.stopped.any()
   for slot, (length, count) in enumerate(zip(LENGTHS, out.counts)):
     same(lab.held(after, slot, length), lab.held(before, slot, length))
     same(lab.held(after, slot, start=length + count), lab.held(before, slot, start=length + count))
 
 
-def test_greedy_decode_follows_the_learner(lab, by_table):
-  after, out = decode(lab, lab.filled(LENGTHS), LENGTHS, [STEPS] * SLOTS, temperature=0.0, by_table=by_table)
+def test_greedy_decode_follows_the_learner(lab):
+  after, out = decode(lab, lab.filled(LENGTHS), LENGTHS, [STEPS] * SLOTS, temperature=0.0)
   contexts = TOKENS.copy()
   for slot, n in enumerate(LENGTHS):
     contexts[slot, n + 1:n + 1 + STEPS] = out.tokens[slot]

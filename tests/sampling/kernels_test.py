@@ -14,7 +14,7 @@ import pytest
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import ParamSpec, param_specs
 from agentrl.sampling import cache as caches
-from agentrl.sampling import functions, kernels
+from agentrl.sampling import cpu_kernel, functions, kernels
 from agentrl.sampling import sampler as samplers
 from agentrl.sampling import speculation as speculations
 from agentrl.sharding import mesh as meshes
@@ -23,9 +23,9 @@ CONFIG = ModelConfig(vocab_size=50, num_layers=2, width=16, ff_width=24, num_hea
 K, G, DH, P, B, SLOTS = 2, 2, 64, 128, 3, 4
 STARTS, COUNTS, T = np.array([0, 120, 250, 0], np.int32), np.array([40, 40, 9, 0], np.int32), 40
 LENGTHS = np.array([384, 130, 0, 256], np.int32)
-ALONE = kernels.Kernels(interpret=True)
+ALONE = kernels.TpuKernels(interpret=True)
 # As a TPU works: copies take their time, and memory that nothing was written to is not a number.
-AS_TPU = kernels.Kernels(interpret=pltpu.InterpretParams(detect_races=True))
+AS_TPU = kernels.TpuKernels(interpret=pltpu.InterpretParams(detect_races=True))
 
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -144,7 +144,7 @@ def test_on_a_mesh_each_device_reads_its_own_heads_and_blocks(pages, kind, shape
   where = samplers.cache_sharding(dataclasses.replace(CONFIG, num_kv_heads=4), case.cache.blocks, mesh)
   assert tuple(where.spec)[1] == 'tensor'
   case.cache = jax.device_put(case.cache, where)
-  near(case.attend(kernels.Kernels(where, interpret=True), 140, sinks), want, 2e-6)
+  near(case.attend(kernels.TpuKernels(where, interpret=True), 140, sinks), want, 2e-6)
 
 
 # ---- the functions that use them ----------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_extend_and_decode_come_to_the_same_draws(pages, speculation):
 @pytest.mark.parametrize('platform, change, block, want', [
     ('tpu', {}, 128, True),
     ('tpu', dict(head_dim=256, attention='splash'), 256, True),
-    ('cpu', {}, 128, False),
+    ('cpu', dict(attention='xla'), 128, False),
     ('gpu', {}, 128, False),
     ('tpu', dict(attention='xla'), 128, False),
     ('tpu', dict(head_dim=80), 128, False),
@@ -198,8 +198,9 @@ def test_extend_and_decode_come_to_the_same_draws(pages, speculation):
 ])
 def test_the_platform_decides_unless_the_config_or_a_shape_does(platform, change, block, want):
   got = kernels.choose(dataclasses.replace(CONFIG, **change), block, None, platform)
-  assert got == (kernels.Kernels() if want else None)
+  assert got == (kernels.TpuKernels() if want else None)
 
 
 def test_where_nothing_is_said_the_devices_decide():
-  assert kernels.choose(CONFIG, 128, None) is None or jax.default_backend() == 'tpu'
+  kinds = {'cpu': cpu_kernel.CpuKernels, 'tpu': kernels.TpuKernels}
+  assert isinstance(kernels.choose(CONFIG, 128, None), kinds.get(jax.default_backend(), type(None)))

@@ -104,28 +104,6 @@ def test_no_more_than_the_largest_cache_is_taken_and_what_is_held_stays(tiny):
   np.testing.assert_array_equal(sampler.decode({0: request(70)})[0].tokens, first.tokens)
 
 
-def test_observations_behind_contexts_of_unlike_length_are_written_by_like_length(tiny):
-  sampler = Sampler(tiny.config, slots=4, context=96, chunk=8, capacities=(96,), row_buckets=(2, 4), token_buckets=(16,), block=16)
-  sampler.set_params(tiny.params)
-  lengths, calls, drawn = (4, 60, 6, 64), [], []
-  write = sampler._write_rows
-  sampler._write_rows = lambda part, *more: (calls.append([w.start for w, _ in part]), write(part, *more))
-  for made in (sampler, tiny.sampler()):
-    made.reset()
-    for seat, n in enumerate(lengths):
-      made.open(seat, np.zeros(0, np.int32))
-      made.extend([Extension(seat, TOKENS[seat:n + seat], 0)])
-    made.flush()
-    calls.clear()
-    made.extend([Extension(seat, TOKENS[n + seat:n + seat + 5], n) for seat, n in enumerate(lengths)])
-    drawn.append(made.decode({seat: SlotRequest(9, n + 5, 6, (1, seat), ()) for seat, n in enumerate(lengths)}))
-    if made is sampler:
-      assert calls == [[4, 6], [60, 64]]
-  for seat in range(4):
-    np.testing.assert_array_equal(drawn[0][seat].tokens, drawn[1][seat].tokens)
-    np.testing.assert_allclose(drawn[0][seat].log_probs, drawn[1][seat].log_probs, atol=1e-5)
-
-
 @pytest.mark.parametrize('attention', ['auto', 'xla'])
 def test_half_precision_draws_what_it_would_without_sharing(tiny, attention):
   """One query a head: XLA's CPU backend has no such product of bfloat16."""

@@ -15,7 +15,7 @@ from agentrl.models import transformer
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import ParamSpec, param_specs
 from agentrl.sampling import cache as caches
-from agentrl.sampling import functions, speculation
+from agentrl.sampling import cpu_kernel, functions, speculation
 from agentrl.sampling.sampler import Extension, Sampler, SlotRequest
 from agentrl.sampling.speculation import NOTHING, Speculation
 
@@ -37,10 +37,15 @@ def view(sharpness=1.0):
 
 
 settings = dict(config=CONFIG, steps=STEPS)
-jit_plain = jax.jit(functools.partial(functions.decode, **settings))
-jit_guess = jax.jit(functools.partial(speculation.decode, **settings, speculation=GUESS))
-jit_wide = jax.jit(functools.partial(functions.next_logits, config=CONFIG))
-jit_extend = jax.jit(functools.partial(functions.extend, config=CONFIG))
+jit_plain = jax.jit(functools.partial(functions.decode, **settings), static_argnames='kernels')
+jit_guess = jax.jit(functools.partial(speculation.decode, **settings, speculation=GUESS), static_argnames='kernels')
+jit_extend = jax.jit(functools.partial(functions.extend, config=CONFIG), static_argnames='kernels')
+
+
+@functools.partial(jax.jit, static_argnames='kernels')
+def jit_wide(p, cache, fresh, reading, tokens, lengths, first, kernels):
+  plans = kernels and kernels.plan(reading, first, CONFIG.kinds, tokens.shape[1] * 2, cache)
+  return functions.next_logits(p, cache, fresh, reading, tokens, lengths, first, CONFIG, kernels, plans)
 
 
 @functools.cache
@@ -57,19 +62,21 @@ class Lab:
   """Contexts in blocks of 8, and both ways of decoding on them."""
 
   def __init__(self, pages, by_table):
+    self.kernels = cpu_kernel.CpuKernels() if by_table else None
     self.pages, self.by_table = pages(CONFIG, SLOTS, CAPACITY // 8, 8, STEPS * (GUESS.tokens + 1)), by_table
 
   def filled(self, tokens, lengths, sharpness):
     """A cache with tokens[s, :lengths[s]] in each slot, and rubbish elsewhere."""
     return jit_extend(view(sharpness)[0], self.pages.noise(), tokens, np.zeros(SLOTS, np.int32), lengths,
-                      self.pages.tables)
+                      self.pages.tables, kernels=self.kernels)
 
   def both(self, tokens, lengths, budgets, stops, floor=0, sharpness=1.0):
     """What plain decoding and speculation draw, on the host."""
     seeds = np.arange(2 * SLOTS, dtype=np.uint32).reshape(SLOTS, 2)
     arguments = (view(sharpness)[0], self.filled(tokens, lengths, sharpness), self.pages.reading(lengths, (), self.by_table),
                  tokens[np.arange(SLOTS), lengths], lengths, budgets, seeds, stops, np.int32(floor))
-    return jax.device_get(jit_plain(*arguments)), jax.device_get(jit_guess(*arguments, tokens))
+    return (jax.device_get(jit_plain(*arguments, kernels=self.kernels)),
+            jax.device_get(jit_guess(*arguments, tokens, kernels=self.kernels)))
 
 
 def some_slots(seed, longest=16):
@@ -122,8 +129,9 @@ def test_a_wide_step_predicts_what_the_learner_does(lab, at, first):
   cache, reading = lab.filled(tokens, begun, 1.0), lab.pages.reading(begun, (), lab.by_table)
   fresh = caches.init_fresh(cache, reading, 16)
   for done in range(first, at, 4):
-    fresh, _ = jit_wide(view()[0], cache, fresh, reading, tokens[:, done:done + 4], np.full(SLOTS, done, np.int32), begun)
-  _, logits = jit_wide(view()[0], cache, fresh, reading, guesses, lengths, begun)
+    fresh, _ = jit_wide(view()[0], cache, fresh, reading, tokens[:, done:done + 4], np.full(SLOTS, done, np.int32), begun,
+                        lab.kernels)
+  _, logits = jit_wide(view()[0], cache, fresh, reading, guesses, lengths, begun, lab.kernels)
   positions = np.tile(np.arange(CAPACITY), (SLOTS, 1))
   hidden = transformer.hidden_states(view()[1], CONFIG, tokens, positions, np.ones_like(positions))
   expected = transformer.logits(view()[1], hidden)[:, at:at + width]
@@ -187,7 +195,7 @@ def test_draws_follow_the_distribution_of_the_learner(lab):
   for i in range(rounds):
     seeds = np.stack([np.full(SLOTS, i), np.arange(SLOTS)], 1).astype(np.uint32)
     out = jax.device_get(jit_guess(view(sharpness)[0], cache, reading, tokens[:, lengths[0]], lengths, budgets, seeds, none,
-                                   np.int32(0), tokens)[1])
+                                   np.int32(0), tokens, kernels=lab.kernels)[1])
     np.add.at(counts, out.tokens[:, :3] @ [49, 7, 1], 1)
   # Cells of at least 5 expected; the rest share one.
   expected = probs * rounds * SLOTS
