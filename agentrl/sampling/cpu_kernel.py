@@ -33,7 +33,6 @@ from agentrl.sampling.cache import Cache, Partial, Reading
 _TARGET = 'agentrl_attend_tables'
 _LANES = 16  # of a vector; the compiler cuts it into those of the processor
 _UNROLL = 8  # rows of b that a turn of the inner loop takes
-_AHEAD = 2  # blocks of the order; what is fetched meanwhile comes in time
 _SCORES = 2**17  # of slots that are read together: half a megabyte
 _MASKED, _LOG2_E, _LOWEST = np.float32(MASKED), np.float32(math.log2(math.e)), np.float32(-126)
 _HALF = np.float32(0.5)
@@ -347,12 +346,13 @@ def _attend_slots(rows, keys, values, tables, order, positions, sizes, window, s
   for e in range(entries):
     block, slot, i = _block(order[e], tables, spans, b), order[e] // b, order[e] % b
     if block >= 0:
-      later = _block(order[min(e + _AHEAD, entries - 1)], tables, spans, b)
-      here, ahead = _at(keys, block * k * tile), _at(keys, (later if later >= 0 else block) * k * tile)
+      later = _block(order[min(e + 1, entries - 1)], tables, spans, b)
+      here, there = _at(keys, block * k * tile), _at(keys, (later if later >= 0 else block) * k * tile)
       for h in range(k):
         row = (slot * k + h) * r
+        ahead = _at(here, (h + 1) * tile) if h + 1 < k else there  # what is fetched meanwhile comes in time
         _multiply(False, _at(scores, row * columns + i * p), columns, _at(rows, row * dh), dh, _at(here, h * tile), p, r, dh,
-                  _at(ahead, h * tile))
+                  ahead)
 
   for row in range(slots * k * r):
     slot = row // (k * r)
@@ -372,13 +372,14 @@ def _attend_slots(rows, keys, values, tables, order, positions, sizes, window, s
   for e in range(entries):
     block, slot, i = _block(order[e], tables, spans, b), order[e] // b, order[e] % b
     if block >= 0:
-      later = _block(order[min(e + _AHEAD, entries - 1)], tables, spans, b)
-      here, ahead = _at(values, block * k * tile), _at(values, (later if later >= 0 else block) * k * tile)
-      there = min(p, positions[slot * w + w - 1] + 1 - i * p)
+      later = _block(order[min(e + 1, entries - 1)], tables, spans, b)
+      here, there = _at(values, block * k * tile), _at(values, (later if later >= 0 else block) * k * tile)
+      count = min(p, positions[slot * w + w - 1] + 1 - i * p)
       for h in range(k):
         row = (slot * k + h) * r
+        ahead = _at(here, (h + 1) * tile) if h + 1 < k else there
         _multiply(True, _at(mean, row * dh), dh, _at(scores, row * columns + i * p), columns, _at(here, h * tile), dh, r,
-                  there, _at(ahead, h * tile))
+                  count, ahead)
 
 
 # ---- what XLA calls -----------------------------------------------------------------------------
