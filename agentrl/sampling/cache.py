@@ -262,9 +262,13 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, fresh_keys: jax.Arr
       None for plain products, by block.
   Returns:
     [S, W, K, H/K, Dh].
+  Raises:
+    ValueError: if the reading is by table and `own` is missing.
   """
   rows = _rows(q, scale)
   if reading.tables is not None:
+    if own is None:
+      raise ValueError('a reading by table needs kernels, see kernels.choose; without them read by block')
     return _finish(own(rows), q, sinks)
   if own is None:
     parts = _own(rows, keys, values, fresh_keys, fresh_values, reading, positions, first, window)

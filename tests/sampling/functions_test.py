@@ -289,3 +289,10 @@ def test_tokens_written_by_whole_blocks_are_those_written_one_by_one(axis):
       want[at] = new[r, t]
   for write in (caches.write_tokens, caches.write_blocks, caches.write_rows):
     np.testing.assert_array_equal(jax.jit(functools.partial(write, axis=axis))(buffer, new, tables, starts, counts), want)
+
+
+def test_reading_by_table_without_kernels_says_what_is_missing(pages):
+  lab = Lab(pages, True)
+  lab.kernels = None
+  with pytest.raises(ValueError, match='by table needs kernels'):
+    decode(lab, lab.noise(), LENGTHS, [1] * SLOTS)
