@@ -104,8 +104,8 @@ def jobs_of(tiny, batch):
   return [(tiny.task(i // 2), i % 2, program) for i, program in enumerate(batch)]
 
 
-def engine_jobs(jobs):
-  return [Job(task, sample, task.id, functools.partial(programs.play, program=program, sleep=sleep))
+def engine_jobs(jobs, waits=sleep):
+  return [Job(task, sample, task.id, functools.partial(programs.play, program=program, sleep=waits))
           for task, sample, program in jobs]
 
 
@@ -180,13 +180,16 @@ def test_sessions_of_another_policy(tiny, two_policies, setting, batch, place, a
 # ---- kill and resume --------------------------------------------------------------------------------
 
 
-def through_streams(tiny, setting, jobs, waits):
-  """Returns what a chain of streams collects, each ended in the middle and followed by one made of its snapshot."""
-  by_task = {}
-  for job, (task, *_) in zip(engine_jobs(jobs), jobs):
-    by_task.setdefault(task.id, []).append(job)
+def through_streams(tiny, setting, jobs, waits, sleep_in=lambda place: sleep):
+  """Returns what a chain of streams collects, each ended in the middle and followed by one made of its snapshot.
+
+  Also returns how many of them were ended with a group half drawn. `sleep_in` says how the stream at a place waits.
+  """
   got, snapshot, stopped = [], None, 0
-  for wait in (*waits, None):
+  for place, wait in enumerate((*waits, None)):
+    by_task = {}
+    for job, (task, *_) in zip(engine_jobs(jobs, sleep_in(place)), jobs):
+      by_task.setdefault(task.id, []).append(job)
     with engine_of(tiny, *setting) as engine, contextlib.closing(
         Stream(engine, staleness=len(by_task), overlap=True)) as stream:
       stream.take_weights(tiny.params, 0)
@@ -217,10 +220,15 @@ def test_what_is_killed_and_resumed(tiny, reference, setting, batch, waits):
 
 
 def test_a_chain_of_streams_is_interrupted_in_the_middle(tiny, reference):
-  """So that the test above is about something: three groups are still being drawn when the first is done."""
-  turn = (('generate', (), 3), ('call', 10))
-  program = lambda n: (('append', list(range(20, 60))), *(n * turn), ('finish',))
-  jobs = jobs_of(tiny, [program(n) for n in (1, 1, 5, 5, 6, 6, 7, 7)])
-  got, stopped = through_streams(tiny, SETTINGS['4 slots'], jobs, [5, 5])
+  """So that the test above is about something: each but the last ends while programs wait for a later one."""
+  def sleep_in(place):
+    async def wait(first):
+      if first > place:
+        await asyncio.get_running_loop().create_future()
+    return wait
+  turn = lambda first: (('generate', (), 3), ('call', first))
+  program = lambda first: (('append', list(range(20, 60))), *(3 * turn(0)), *turn(first), ('finish',))
+  jobs = jobs_of(tiny, [program(n) for n in (0, 0, 1, 1, 2, 2, 2, 2)])
+  got, stopped = through_streams(tiny, SETTINGS['4 slots'], jobs, [0, 0], sleep_in)
   assert stopped == 2
   programs.check(reference, jobs, got)
