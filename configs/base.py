@@ -109,6 +109,7 @@ def get_config() -> ConfigDict:
   c.train = ConfigDict()
   c.train.row_length = 256  # tokens of a packed row; no shorter than rollout.context_tokens
   c.train.micro_rows = 32  # rows in one forward and backward pass
+  c.train.share_prefixes = True  # compute what the samples of a question begin with once a row, where attention can
   c.train.mask_rows = 1_024  # distinct sets of tokens that a batch's were drawn from, with rollout.constrain; more are compiled anew
 
   c.sft = ConfigDict()

@@ -19,7 +19,7 @@ from agentrl.rollout.engine import Engine
 from agentrl.sampling.constrain import Grammar
 from agentrl.sampling.sampler import Sampler
 from agentrl.tokens.tokenizer import train_tokenizer
-from agentrl.training.packing import MaskRows, Outcome, pack, plan_rows, sequences_of
+from agentrl.training.packing import MaskRows, Outcome, Plan, pack, plan_rows, sequences_of
 
 CONTEXT = 96
 ROWS = 4
@@ -89,12 +89,12 @@ class TinyPolicy:
     n = len(trajectories)
     outcome = Outcome(np.zeros(n, np.int32), np.zeros(n, np.float32), np.ones(n, np.float32),
                       np.ones(n, bool))
-    plan = plan_rows([len(s.tokens) for s in sequences], CONTEXT)
+    plan = plan_rows(sequences, CONTEXT).rows
     found = {}
     for at in range(0, len(plan), ROWS):
       part = plan[at:at + ROWS]
       masks = MaskRows(self.config.vocab_size, 256) if constrained else None
-      batch, _ = pack(sequences, outcome, rows=ROWS, row_length=CONTEXT, plan=part, masks=masks)
+      batch, _ = pack(sequences, outcome, rows=ROWS, row_length=CONTEXT, plan=Plan(part), masks=masks)
       got = self._evaluate(self.params, tokens=batch.tokens, positions=batch.positions,
                            segment_ids=batch.segment_ids,
                            drawn_from=DrawnFrom(batch.masks, batch.mask_ids) if constrained else None)

@@ -1,10 +1,12 @@
 """Attention of packed rows by the implementation that the platform is best at.
 
-    xla      the plain products of `layers.attend`, with all scores in memory: any platform, any shape
+    xla      the plain products of `layers.attend`, with all scores in memory: any platform, any shape; see `plain`
     cudnn    flash attention on NVIDIA GPUs, through `jax.nn.dot_product_attention`
     splash   Pallas flash attention on TPUs, which skips blocks that no query may look at
 
 One that cannot do what a policy needs gives way to xla, and the log says why.
+
+Axes: B rows, T tokens, K heads of keys, H of queries.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from agentrl.models import layers
 from agentrl.models.config import ModelConfig
 from agentrl.sharding import mesh as meshes
 
 SAVED = 'attention'  # name of what the remat policy 'attention' keeps
 _BEST = {'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}
 _LANES = 128
+# Parts that the plain one cuts the queries of a row into, each with the keys up to its last query.
+_LEAST_QUERIES, _MOST_PARTS = 128, 8
 
 
 def choose(config: ModelConfig, length: int, platform: str | None = None) -> str:
@@ -68,15 +73,68 @@ def _splash_refuses(config: ModelConfig, length: int) -> str:
 _CHECKS = {'xla': lambda *_: '', 'cudnn': _cudnn_refuses, 'splash': _splash_refuses}
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, window: int = 0, scale: float = 0.0,
-          sinks: None = None, implementation: str = 'cudnn') -> jax.Array:
-  """Returns `layers.attend` within segments, causal, by cuDNN.
+def shares(config: ModelConfig, length: int, platform: str | None = None) -> bool:
+  """Returns whether a segment can go on from another's first tokens, see `visible`, in what `choose` returns.
+
+  The splash kernel knows segments only, and cuDNN's windows count places in a row.
+  """
+  name = choose(config, length, platform)
+  return name == 'xla' or name == 'cudnn' and not any(config.kinds)
+
+
+def visible(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+  """Returns [B, T, T] bool: which tokens, the last axis, each token of packed rows may look at.
+
+  Those of its own segment up to itself. A segment that starts at a position P > 0 goes on from the first P tokens of the
+  last one before it that starts at 0, and sees those too.
+
+  Args:
+    positions: [B, T] int32, position within the sequence, one more from token to token of a segment.
+    segment_ids: [B, T] int32, the same for the tokens of one segment, which lie side by side.
+  Example:
+    >>> visible(jnp.array([[0, 1, 2, 1, 2]]), jnp.array([[1, 1, 1, 2, 2]]))[0, 4].tolist()
+    [True, False, False, True, True]
+  """
+  index = jax.lax.broadcasted_iota(jnp.int32, positions.shape, 1)
+  begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+  first = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+  whole = jax.lax.cummax(jnp.where(begins & (positions == 0), index, 0), axis=1)
+  shared = jnp.minimum(whole + positions - (index - first), first)
+  key, (index, first, whole, shared) = index[:, None], (x[..., None] for x in (index, first, whole, shared))
+  return (first <= key) & (key <= index) | (whole <= key) & (key < shared)
+
+
+def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: float = 0.0,
+          sinks: jax.Array | None = None) -> jax.Array:
+  """Returns `layers.attend` of rows whose tokens see none behind them, so that half of the scores need not be computed.
 
   Args:
     q: [B, T, K, H/K, Dh].
     k: [B, T, K, Dh].
     v: [B, T, K, Dh].
-    segment_ids: [B, T] int32.
+    mask: [B, T, T] bool, causal, see `visible`.
+    scale: 0 for Dh^-1/2.
+    sinks: [K, H/K], or None.
+  Returns:
+    [B, T, K, H/K, Dh].
+  """
+  k, v, length = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), q.shape[1]
+  parts = max(1, min(length // _LEAST_QUERIES, _MOST_PARTS))
+  edges = [i * length // parts for i in range(parts + 1)]
+  return jnp.concatenate([
+      layers.attend(q[:, start:end], k[..., :end], v[:, :, :end], mask[:, start:end, :end], scale=scale, sinks=sinks)
+      for start, end in zip(edges, edges[1:])], axis=1)
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, window: int = 0, scale: float = 0.0,
+          sinks: None = None, implementation: str = 'cudnn') -> jax.Array:
+  """Returns `layers.attend` by cuDNN.
+
+  Args:
+    q: [B, T, K, H/K, Dh].
+    k: [B, T, K, Dh].
+    v: [B, T, K, Dh].
+    mask: [B, T, T] bool, causal, see `visible`.
     window: Tokens a query looks back over, itself included; 0 for all.
     scale: 0 for Dh^-1/2.
     sinks: Not supported.
@@ -85,9 +143,8 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, w
     [B, T, K, H/K, Dh].
   """
   del sinks
-  same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
   out = jax.nn.dot_product_attention(
-      q.reshape(*q.shape[:2], -1, q.shape[-1]), k, v, mask=same, is_causal=True, scale=scale or None,
+      q.reshape(*q.shape[:2], -1, q.shape[-1]), k, v, mask=mask[:, None], is_causal=True, scale=scale or None,
       local_window_size=(window - 1, 0) if window else None, implementation=implementation)
   return out.reshape(q.shape)
 

@@ -26,7 +26,7 @@ class PolicyOutputs(NamedTuple):
   """What the objectives read of a policy, each aligned with the token it speaks of.
 
   Attributes:
-    log_probs: [B, T] float32, nats. Of tokens[b, t] given what precedes it in its sequence; 0 for a first token.
+    log_probs: [B, T] float32, nats. Of tokens[b, t] given what precedes it in its sequence; 0 for a segment's first token.
     entropies: [B, T] float32, nats, of the same distributions; None if not asked for.
     values: [B, T] float32. Value of the state in which tokens[b, t] was drawn; None without a value head.
   """
@@ -69,29 +69,28 @@ def hidden_states(params: Params, config: ModelConfig, tokens: jax.Array, positi
     config: Of the policy.
     tokens: [B, T] int32.
     positions: [B, T] int32, position within the sequence.
-    segment_ids: [B, T] int32, from 1 within a row; a token attends to earlier ones with its own id.
+    segment_ids: [B, T] int32, from 1 within a row; a token attends to earlier ones with its own id, and to what a segment
+      that starts at a later position than 0 goes on from, see `attention.visible`.
   Returns:
     [B, T, D] in the compute dtype.
   """
   x = embed(params, config, tokens)
-  index = jnp.arange(tokens.shape[1])
-  distances = (index[:, None] - index[None, :])[None]
   implementation = attention.choose(config, tokens.shape[1])
   plain = implementation == 'xla'
-  mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (distances >= 0) if plain else None
-  kinds = layers.sights(config, positions, distances, mask)
+  mask = attention.visible(positions, segment_ids)
+  kinds = layers.sights(config, positions, positions[:, :, None] - positions[:, None, :], mask if plain else None)
   several = jax.tree.map(lambda *x: jnp.stack(x), *kinds) if len(kinds) > 1 else None
   axes = {name: a[1:] for name, a in param_axes(config)['layers'].items() if 'width' in a and 'experts' not in a}
 
   def attend(q, k, v, see, kind, sinks):
     if plain:
-      return layers.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), see.mask, scale=config.query_scale,
-                           sinks=sinks)
+      return attention.plain(q, k, v, see.mask, scale=config.query_scale, sinks=sinks)
     of_kind = [functools.partial(attention.IMPLEMENTATIONS[implementation], window=window, scale=config.query_scale)
                for window in config.kinds]
+    within = segment_ids if implementation == 'splash' else mask
     if several is None:
-      return of_kind[0](q, k, v, segment_ids, sinks=sinks)
-    return jax.lax.switch(kind, [lambda *x, f=f: f(*x, sinks=sinks) for f in of_kind], q, k, v, segment_ids)
+      return of_kind[0](q, k, v, within, sinks=sinks)
+    return jax.lax.switch(kind, [lambda *x, f=f: f(*x, sinks=sinks) for f in of_kind], q, k, v, within)
 
   def block(x, inputs):
     layer, kind = inputs
@@ -108,6 +107,16 @@ def hidden_states(params: Params, config: ModelConfig, tokens: jax.Array, positi
   inputs = params['layers'], None if several is None else jnp.asarray(config.kind_of_layer)
   x, _ = jax.lax.scan(block, x, inputs, unroll=config.num_layers if config.unroll_layers else 1)
   return layers.norm(x, params['final_norm'], config)
+
+
+def follows(segment_ids: jax.Array) -> jax.Array:
+  """Returns [B, T] bool: whether the token before it in the row is of the same segment; False for padding, of id 0.
+
+  Example:
+    >>> follows(jnp.array([[1, 1, 2, 2, 0, 0]]))[0].tolist()
+    [False, True, False, True, False, False]
+  """
+  return jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (1, 0))) & (segment_ids > 0)
 
 
 def embed(params: Params, config: ModelConfig, tokens: jax.Array,
@@ -155,9 +164,9 @@ def evaluate(params: Params, config: ModelConfig, tokens: jax.Array, positions: 
   if config.adapted:
     params = lora.freeze(params)
   hidden = meshes.constrain(hidden_states(params, config, tokens, positions, segment_ids), ('batch', None, None))
-  # The state a token is drawn in is the hidden state before it; a sequence's first token has none.
+  # The state a token is drawn in is the hidden state before it; a segment's first token has none.
   before = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-  has_before = positions > 0
+  has_before = follows(segment_ids)
   log_probs, entropies = _likelihoods(params, config, before, tokens, temperature, with_entropy, drawn_from)
   values = None
   if config.value_head:

@@ -20,6 +20,7 @@ from agentrl.core import registry
 from agentrl.core.types import Message
 from agentrl.data import base as data
 from agentrl.envs import base as envs
+from agentrl.models import attention
 from agentrl.models.config import ModelConfig
 from agentrl.models.params import init_params, num_params, param_axes
 from agentrl.rewards import base as rewards
@@ -120,6 +121,11 @@ class Parts:
                                        grammar=self.grammar, priorities=r.priorities, patience=r.patience,
                                        parked_bytes=r.parked_megabytes << 20)
     return self._engines[sampling]
+
+  @property
+  def shares_prefixes(self) -> bool:
+    """Whether rows may hold what sequences begin with once, see `packing.plan_rows`."""
+    return self.config.train.share_prefixes and attention.shares(self.model, self.config.train.row_length)
 
   @functools.cached_property
   def sampler_mesh(self) -> jax.sharding.Mesh | None:

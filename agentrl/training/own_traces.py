@@ -38,7 +38,7 @@ class OwnTracesStage(SupervisedStage):
     """Puts sequences into rows, repeated until they fill an update."""
     self._sequences, self._rows = sequences, []
     if sequences:
-      rows = plan_rows([len(s.tokens) for s in sequences], self._parts.config.train.row_length)
+      rows = plan_rows(sequences, self._parts.config.train.row_length).rows
       self._rows = rows * -(-self._config.batch_rows // len(rows))
 
   def warm_up(self, state: LearnerState):

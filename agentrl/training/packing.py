@@ -1,4 +1,10 @@
-"""Sequences of many lengths into rows of one length, so that little padding is trained on."""
+"""Sequences of many lengths into rows of one length, so that little padding is trained on.
+
+What sequences begin with alike, as the samples of a question do, a row can hold once: the first of them stands there whole,
+and each of the others from the last token on that they have in common. `positions` say so: a segment that starts at
+position P > 0 goes on from the first P tokens of the last one before it that starts at 0. It has a copy of the token before
+the first one it trains on, so that all that a segment's tokens need of others but attention lies within the segment.
+"""
 
 from __future__ import annotations
 
@@ -184,32 +190,135 @@ class MaskRows:
     return out
 
 
-def plan_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-  """Returns, for each row, the indices of the sequences put there: longest first, each into the fullest row it fits.
+class Plan(NamedTuple):
+  """Which sequences stand in which row.
 
+  Attributes:
+    rows: For each row the indices of its sequences, in order.
+    starts: For each sequence how many of its first tokens are left out, because the last sequence before it in its row
+      that stands there whole begins with the same; () if all stand whole.
+  """
+
+  rows: list[list[int]]
+  starts: Sequence[int] = ()
+
+
+def plan_rows(sequences: Sequence[TokenSequence], row_length: int, share: bool = False) -> Plan:
+  """Returns which sequences to put in which row: longest first, each into the fullest row it fits.
+
+  With `share`, sequences that begin alike, such as the samples of one question, come one after the other, those that
+  have most tokens together first. A row that has room has what they have in common once.
+
+  Args:
+    sequences: What to put into rows.
+    row_length: T, tokens.
+    share: Whether what a sequence begins with may be left out, see `attention.shares`.
   Raises:
     ValueError: if a sequence is longer than a row.
   """
-  rows: list[list[int]] = []
-  by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
-  for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-    need = lengths[i]
-    if need > row_length:
-      raise ValueError(f'sequence {i} has {need} tokens and rows only {row_length}; '
-                       'raise train.row_length or lower the rollout limits')
-    room = next((r for r in range(need, row_length + 1) if by_room[r]), None)
-    if room is None:
-      row, room = len(rows), row_length
-      rows.append([])
+  lengths = [len(s.tokens) for s in sequences]
+  too_long = next((i for i, n in enumerate(lengths) if n > row_length), None)
+  if too_long is not None:
+    raise ValueError(f'sequence {too_long} has {lengths[too_long]} tokens and rows only {row_length}; '
+                     'raise train.row_length or lower the rollout limits')
+  families = _families(sequences) if share else [[(i, n)] for i, n in enumerate(lengths)]
+  total = lambda family: family[0][1] + sum(lengths[i] - n for i, n in family)
+  rooms = _Rooms(row_length)
+  rows: list[list[list[int]]] = []  # of a row: each whole sequence, followed by those that go on from it
+  starts = [0] * len(lengths)
+  for family in sorted(families, key=lambda family: (-total(family), family[0][0])):
+    homes: list[tuple[int, int, list[int]]] = []  # row, what is in common with who stands there whole, and all of them
+    for i, common in family:
+      # It has a token before those that it trains on.
+      options = [(rooms.of[row], min(common, its) - 1, row, members) for row, its, members in homes]
+      options = [x for x in options if x[1] > 0 and lengths[i] - x[1] <= x[0]]
+      if options:
+        _, starts[i], row, members = min(options, key=lambda x: x[0])
+        members.append(i)
+      else:
+        row = rooms.find(lengths[i])
+        if row == len(rows):
+          rows.append([])
+        rows[row].append([i])
+        homes.append((row, common, rows[row][-1]))
+      rooms.take(row, lengths[i] - starts[i])
+  return Plan([[i for members in row for i in members] for row in rows], starts)
+
+
+class _Rooms:
+  """How many tokens each row still has room for."""
+
+  def __init__(self, row_length: int):
+    self.of: list[int] = []
+    self._by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
+
+  def find(self, need: int) -> int:
+    """Returns the fullest row with room for `need` tokens, a new one if there is none."""
+    for rows in self._by_room[need:]:
+      if rows:
+        return rows[-1]
+    self.of.append(len(self._by_room) - 1)
+    self._by_room[-1].append(len(self.of) - 1)
+    return len(self.of) - 1
+
+  def take(self, row: int, tokens: int):
+    """Notes that tokens of a row are taken."""
+    self._by_room[self.of[row]].remove(row)
+    self.of[row] -= tokens
+    self._by_room[self.of[row]].append(row)
+
+
+def _families(sequences: Sequence[TokenSequence]) -> list[list[tuple[int, int]]]:
+  """Returns sequences that are equal up to where one of them is in the loss, as (index, tokens) in the order to place them.
+
+  Tokens are those that it has in common with the first one and does not train on; any two have the smaller of their
+  numbers in common. The first one is not to go on from another.
+  """
+  # Those that begin alike are neighbours, whatever the order of single tokens is.
+  order = sorted(range(len(sequences)), key=lambda i: np.asarray(sequences[i].tokens, np.int32).tobytes())
+  free = [_before_loss(s) for s in sequences]
+  families: list[list[int]] = []
+  for before, i in zip([None, *order], order):
+    if before is not None and _common(sequences[before], sequences[i]) >= min(free[before], free[i]) > 0:
+      families[-1].append(i)
     else:
-      row = by_room[room].pop()
-    rows[row].append(i)
-    by_room[room - need].append(row)
-  return rows
+      families.append([i])
+  found = []
+  for family in families:
+    first = min(family, key=lambda i: (free[i], -len(sequences[i].tokens), i))  # nobody could leave out less
+    rest = sorted({*family} - {first}, key=lambda i: (-len(sequences[i].tokens), i))
+    found.append([(first, len(sequences[first].tokens)),
+                  *((i, min(free[i], _common(sequences[first], sequences[i]))) for i in rest)])
+  return found
+
+
+def _before_loss(sequence: TokenSequence) -> int:
+  """Returns how many of its first tokens others may have for it: those that it does not train on.
+
+  Where steps of trees are told apart, those of the first turn alone: each of the others is looked for in every trajectory.
+  """
+  given = ~sequence.loss_mask
+  if set(NODE_PARTS) & set(sequence.parts):
+    given = given & (sequence.turns == sequence.turns[0])
+  return len(given) if given.all() else int(np.argmin(given))
+
+
+def _common(a: TokenSequence, b: TokenSequence) -> int:
+  """Returns how many first tokens two sequences have in common."""
+  n = min(len(a.tokens), len(b.tokens))
+  differ = a.tokens[:n] != b.tokens[:n]
+  return int(np.argmax(differ)) if differ.any() else n
+
+
+def count_tokens(batch: TrainBatch) -> int:
+  """Returns how many tokens the sequences of a batch of host arrays have, also those that stand there once for several."""
+  ids = np.asarray(batch.segment_ids)
+  last = (ids > 0) & (ids != np.pad(ids[:, 1:], ((0, 0), (0, 1))))
+  return int(np.sum(np.asarray(batch.positions)[last] + 1))
 
 
 def pack(sequences: Sequence[TokenSequence], outcome: Outcome, *, rows: int, row_length: int, channels: int = 1,
-         micro_batches: int = 1, plan: list[list[int]] | None = None, token_part_names: Sequence[str] = (),
+         micro_batches: int = 1, plan: Plan | None = None, share: bool = False, token_part_names: Sequence[str] = (),
          step: int = 0, masks: MaskRows | None = None) -> tuple[TrainBatch, int]:
   """Returns a batch of `rows` x `row_length` tokens, and how many of its micro-batches are used.
 
@@ -224,16 +333,18 @@ def pack(sequences: Sequence[TokenSequence], outcome: Outcome, *, rows: int, row
     row_length: T, tokens.
     channels: C, planes of advantages.
     micro_batches: Parts that the learner cuts the rows into; must divide them.
-    plan: Indices of the sequences of each row; planned if None.
+    plan: What stands in which row; planned if None.
+    share: Whether a plan may be made that leaves out what sequences begin with, see `plan_rows`.
     token_part_names: Further numbers of tokens that the sequences have.
     step: Updates made so far.
     masks: Where to put what tokens were drawn from; None where none was drawn from less than the vocabulary.
   Raises:
-    ValueError: if the sequences do not fit, or the micro-batches do not divide the rows.
+    ValueError: if the sequences do not fit, the micro-batches do not divide the rows, or a plan leaves out tokens that
+      differ from those of the sequence before it, or are in the loss.
   """
-  plan = plan_rows([len(s.tokens) for s in sequences], row_length) if plan is None else plan
-  if len(plan) > rows:
-    raise ValueError(f'{len(sequences)} sequences need {len(plan)} rows of {row_length} tokens, more than {rows}')
+  plan = plan_rows(sequences, row_length, share) if plan is None else plan
+  if len(plan.rows) > rows:
+    raise ValueError(f'{len(sequences)} sequences need {len(plan.rows)} rows of {row_length} tokens, more than {rows}')
   if rows % micro_batches:
     raise ValueError(f'{micro_batches} micro-batches do not divide {rows} rows')
   part = rows // micro_batches
@@ -243,13 +354,15 @@ def pack(sequences: Sequence[TokenSequence], outcome: Outcome, *, rows: int, row
           (('tokens', 0), ('positions', 0), ('segment_ids', 0), ('turn_ids', -1), ('trajectory_ids', -1))}
   loss_mask, log_probs = np.zeros(shape, bool), np.zeros(shape, np.float32)
   token_parts = {name: np.full(shape, TOKEN_PARTS.get(name, np.float32(0))) for name in token_part_names}
-  for k, members in enumerate(plan):
-    r, at = k % part * micro_batches + k // part, 0
+  for k, members in enumerate(plan.rows):
+    r, at, whole = k % part * micro_batches + k // part, 0, None
     for number, i in enumerate(members, 1):
-      s, where = sequences[i], (r, slice(at, at + len(sequences[i].tokens)))
+      start = plan.starts[i] if plan.starts else 0
+      whole = whole if start else sequences[i]  # that the next ones may go on from
+      s, where = _from(sequences[i], start, whole), (r, slice(at, at + len(sequences[i].tokens) - start))
       at += len(s.tokens)
       ints['tokens'][where] = s.tokens
-      ints['positions'][where] = np.arange(len(s.tokens))
+      ints['positions'][where] = np.arange(start, start + len(s.tokens))
       ints['segment_ids'][where] = number
       ints['turn_ids'][where] = s.turns
       ints['trajectory_ids'][where] = s.trajectory
@@ -264,4 +377,15 @@ def pack(sequences: Sequence[TokenSequence], outcome: Outcome, *, rows: int, row
       **ints, loss_mask=loss_mask, behaviour_log_probs=log_probs, reference_log_probs=zeros(), values=zeros(),
       returns=zeros(), advantages=np.zeros((channels, *shape), np.float32), step=np.int32(step),
       token_parts=token_parts, masks=None if masks is None else masks.table(), mask_ids=mask_ids, **outcome._asdict())
-  return batch, max(1, -(-len(plan) // part))
+  return batch, max(1, -(-len(plan.rows) // part))
+
+
+def _from(s: TokenSequence, start: int, whole: TokenSequence | None) -> TokenSequence:
+  """Returns a sequence without its first tokens, which are those of `whole`."""
+  if not start:
+    return s
+  if whole is None or s.loss_mask[:start + 1].any() or not np.array_equal(s.tokens[:start], whole.tokens[:start]):
+    raise ValueError(f'the plan leaves out {start} tokens of a sequence of trajectory {s.trajectory}, but the one before '
+                     'it in its row does not begin with those, or they or the next one are in the loss; take plan_rows')
+  return TokenSequence(s.tokens[start:], s.loss_mask[start:], s.log_probs[start:], s.turns[start:], s.trajectory,
+                       {name: part[start:] for name, part in s.parts.items()}, s.masks[start:])

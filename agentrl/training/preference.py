@@ -24,7 +24,7 @@ from agentrl.synthesis import pairs as mining
 from agentrl.training import rejected, sums
 from agentrl.training.build import Parts
 from agentrl.training.optimizer import make_optimizer, schedule
-from agentrl.training.packing import Outcome, TokenSequence, pack, plan_rows
+from agentrl.training.packing import Outcome, Plan, TokenSequence, count_tokens, pack, plan_rows
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
 from agentrl.training.step import lay_out, make_score, put
@@ -169,7 +169,7 @@ class PreferenceStage:
     count = -(-len(found) // self._config.pairs)
     parts = np.array_split(np.arange(len(found)), count) if count else []
     batches = [self._pack([found[i] for i in part]) for part in parts]
-    metrics['trained_tokens'] = self._config.epochs * sum(int((b.segment_ids > 0).sum()) for b, _, _ in batches)
+    metrics['trained_tokens'] = self._config.epochs * sum(count_tokens(b) for b, _, _ in batches)
     batches = [(*put((batch, pairs), self._mesh), used) for batch, pairs, used in batches]
     if not self._keeps_reference:
       return batches
@@ -185,9 +185,10 @@ class PreferenceStage:
     sequences = [_sequence(e, i) for i, e in enumerate(excerpts)]
     ones = np.ones(2 * n, np.float32)
     outcome = Outcome(np.repeat(np.arange(n, dtype=np.int32), 2), np.zeros(2 * n, np.float32), ones, ones > 0)
-    plan = plan_pairs([len(s.tokens) for s in sequences], train.micro_rows, train.row_length) if self._together else None
+    share = self._parts.shares_prefixes
+    plan = plan_pairs(sequences, train.micro_rows, train.row_length, share) if self._together else None
     batch, used = pack(sequences, outcome, rows=self._micro_batches * train.micro_rows, row_length=train.row_length,
-                       micro_batches=self._micro_batches, plan=plan)
+                       micro_batches=self._micro_batches, plan=plan, share=share)
     if self._preference.needs_reference:
       batch = batch._replace(reference_log_probs=batch.behaviour_log_probs)
     fill = lambda values, dtype: np.concatenate([np.asarray(values, dtype), np.zeros(n - len(found), dtype)])
@@ -195,29 +196,33 @@ class PreferenceStage:
                             fill([label for _, label in found], np.int32)), used
 
 
-def plan_pairs(lengths: Sequence[int], rows: int, row_length: int) -> list[list[int]]:
+def plan_pairs(sequences: Sequence[TokenSequence], rows: int, row_length: int, share: bool = False) -> Plan:
   """Returns the rows of micro-batches, each of `rows` rows, such that both of every pair lie in one of them.
 
   Args:
-    lengths: Of the sequences; those of pair p are 2p and 2p + 1.
+    sequences: Those of pair p are 2p and 2p + 1.
     rows: Of a micro-batch.
     row_length: Tokens.
-  Example:
-    >>> plan_pairs([4, 3, 5, 2], rows=1, row_length=8)
-    [[0, 1], [2, 3]]
+    share: See `plan_rows`.
   """
+  def lay_out(some):
+    plan = plan_rows([sequences[i] for i in some], row_length, share)
+    return [[some[k] for k in row] for row in plan.rows], plan.starts
+
   plan: list[list[int]] = []
+  starts: list[int] = []
   own: list[int] = []
-  laid: list[list[int]] = []
-  for i in range(0, len(lengths), 2):
-    trial = [*own, i, i + 1]
-    laid_out = plan_rows([lengths[k] for k in trial], row_length)
-    if len(laid_out) > rows and own:
+  laid, its = lay_out(own)
+  for i in range(0, len(sequences), 2):
+    own = [*own, i, i + 1]
+    trial = lay_out(own)
+    if len(trial[0]) > rows and laid:
       plan += laid + [[]] * (rows - len(laid))
-      trial = [i, i + 1]
-      laid_out = plan_rows([lengths[k] for k in trial], row_length)
-    own, laid = trial, [[trial[k] for k in row] for row in laid_out]
-  return plan + laid
+      starts += its
+      own = [i, i + 1]
+      trial = lay_out(own)
+    laid, its = trial
+  return Plan(plan + laid, [*starts, *its])
 
 
 class PairBatch(NamedTuple):
@@ -302,7 +307,7 @@ def _log_probs_by_head(config: Any, temperature: float, heads: int) -> sums.Outp
       scores = transformer.logits(own, before, temperature, config.known_tokens)
       log_probs = jnp.take_along_axis(scores, planes['tokens'][..., None], axis=-1)[..., 0]
       out = jnp.where(planes['label'] == h, log_probs - jax.nn.logsumexp(scores, axis=-1), out)
-    return jnp.where(planes['positions'] > 0, out, 0.0)
+    return jnp.where(transformer.follows(planes['segment_ids']), out, 0.0)
   return outputs
 
 

@@ -19,7 +19,7 @@ from agentrl.training import rejected
 from agentrl.training.build import Parts, make_objective
 from agentrl.training.collect import Clock, Collector, group_ids
 from agentrl.training.optimizer import make_optimizer, schedule
-from agentrl.training.packing import TOKEN_PARTS, MaskRows, Outcome, pack, sequences_of
+from agentrl.training.packing import TOKEN_PARTS, MaskRows, Outcome, count_tokens, pack, sequences_of
 from agentrl.training.side import base as sides
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
@@ -130,7 +130,7 @@ class ReinforcementStage:
       batch, used = self._pack([trajectories[i] for i in part], Selection(*(x[part] for x in kept)), host.stage_step)
       signal = self._has_signal(batch)
       if signal:
-        metrics['trained_tokens'] += self._config.epochs * int((batch.segment_ids > 0).sum())
+        metrics['trained_tokens'] += self._config.epochs * count_tokens(batch)
         batch = self._add_scores(state, put(batch, self._mesh), used)
         state, batch = self._ask_sides(state, batch, used, host, metrics)
       else:
@@ -160,7 +160,7 @@ class ReinforcementStage:
     constrained = self._parts.config.rollout.constrain
     batch, used = pack(sequences, outcome, rows=self._rows, row_length=self._parts.config.train.row_length,
                        channels=len(self._objective.channels), micro_batches=self._micro_batches,
-                       token_part_names=self._token_part_names, step=step,
+                       share=self._parts.shares_prefixes, token_part_names=self._token_part_names, step=step,
                        masks=MaskRows(self._parts.model.vocab_size, self._mask_rows) if constrained else None)
     if constrained and len(batch.masks) > self._mask_rows:
       logging.warning('A batch has more than train.mask_rows=%d distinct masks: its steps are compiled anew for %d',

@@ -14,7 +14,7 @@ from agentrl.training import demonstrations
 from agentrl.training import rejected
 from agentrl.training.build import Parts
 from agentrl.training.optimizer import make_optimizer, schedule
-from agentrl.training.packing import Outcome, TokenSequence, pack, plan_rows
+from agentrl.training.packing import Outcome, Plan, TokenSequence, pack, plan_rows
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
 from agentrl.training.step import make_update, put
@@ -51,7 +51,7 @@ class SupervisedStage:
   def _lay_out(self, sequences: list[TokenSequence]):
     """Puts sequences into rows; refuses too few of them."""
     self._sequences = sequences
-    self._rows = plan_rows([len(s.tokens) for s in sequences], self._parts.config.train.row_length)
+    self._rows = plan_rows(sequences, self._parts.config.train.row_length).rows
     if len(self._rows) < self._config.batch_rows:
       raise ValueError(f'{len(sequences)} demonstrations fill {len(self._rows)} rows, fewer than '
                        f'sft.batch_rows={self._config.batch_rows}; raise sft.traces or lower sft.batch_rows')
@@ -102,5 +102,5 @@ class SupervisedStage:
     outcome = Outcome(np.zeros(n, np.int32), ones, ones, ones > 0)
     sequences = [self._sequences[i]._replace(trajectory=index[i]) for i in members]
     batch, _ = pack(sequences, outcome, rows=rows, row_length=self._parts.config.train.row_length,
-                    micro_batches=self._micro_batches, plan=[[index[i] for i in row] for row in plan])
+                    micro_batches=self._micro_batches, plan=Plan([[index[i] for i in row] for row in plan]))
     return batch

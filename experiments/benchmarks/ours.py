@@ -153,7 +153,7 @@ class Learner:
                       random.standard_normal(W.batch).astype(np.float32), np.ones(W.batch, np.float32),
                       np.ones(W.batch, bool))
     batch, used = pack(sequences, outcome, rows=W.batch, row_length=self._length,
-                       micro_batches=W.batch // MICRO_ROWS)
+                       micro_batches=W.batch // MICRO_ROWS, share=True)
     self.state, metrics = self._update(self.state, batch, np.int32(used))
     jax.block_until_ready((self.state.params, metrics))
 

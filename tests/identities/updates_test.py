@@ -63,17 +63,29 @@ def _sequences():
   return made
 
 
-UNPACKED = [[i] for i in range(TRAJECTORIES)]
+def _alike():
+  """The same, but those of a group begin alike, one of them beyond where another starts to draw, as forks do."""
+  made = _sequences()
+  for i, s in enumerate(made):
+    first, shared = i - i % 4, 3 + i % 4 // 2 * 3
+    tokens, mask = s.tokens.copy(), s.loss_mask.copy()
+    tokens[:shared] = made[first].tokens[:shared]
+    mask[:shared] &= i == first
+    made[i] = s._replace(tokens=tokens, loss_mask=mask)
+  return made
 
 
-def _batch(rows, *, plan=None, micro_batches=1, sequences=None):
+UNPACKED = packing.Plan([[i] for i in range(TRAJECTORIES)])
+
+
+def _batch(rows, *, plan=None, micro_batches=1, sequences=None, share=False):
   """Returns a batch, values and reference following from each token alone, and what is used."""
   groups = np.arange(TRAJECTORIES, dtype=np.int32) // 4
   rewards = (np.arange(TRAJECTORIES) * 7 % 5 / 5).astype(np.float32)
   outcome = packing.Outcome(groups, rewards, np.ones(TRAJECTORIES, np.float32),
                             np.ones(TRAJECTORIES, bool))
   batch, used = packing.pack(sequences or _sequences(), outcome, rows=rows, row_length=LENGTH,
-                             micro_batches=micro_batches, plan=plan)
+                             micro_batches=micro_batches, plan=plan, share=share)
   waves = np.sin(3.0 * batch.tokens + batch.positions).astype(np.float32)
   values = np.where(batch.segment_ids > 0, waves, 0.0).astype(np.float32)
   reference = batch.behaviour_log_probs + np.where(batch.loss_mask, 0.2 * waves, 0.0)
@@ -143,6 +155,22 @@ def test_packed_rows_give_the_loss_and_gradients_of_one_trajectory_a_row(name):
 
 
 @pytest.mark.parametrize('name', ['grpo', 'ppo'])
+def test_what_sequences_begin_with_once_gives_the_loss_and_gradients_of_each_with_its_own(name):
+  shared, _ = _batch(TRAJECTORIES, sequences=_alike(), share=True)
+  unpacked, _ = _batch(TRAJECTORIES, sequences=_alike(), plan=UNPACKED)
+  left_out = (unpacked.segment_ids > 0).sum() - (shared.segment_ids > 0).sum()
+  # Of each group one may leave out 2 tokens, and two may leave out 5, some of them in the loss of another; a row has not
+  # room for all of a group.
+  assert 3 * (2 + 5) <= left_out <= 3 * (2 + 5 + 5)
+  assert shared.loss_mask.sum() == unpacked.loss_mask.sum()
+  loss, grads = _loss_and_gradients(name)(shared)
+  other_loss, other_grads = _loss_and_gradients(name)(unpacked)
+  np.testing.assert_allclose(loss, other_loss, atol=1e-5)
+  _assert_trees_close(grads, other_grads, 1e-5)
+  assert max(np.abs(g).max() for g in jax.tree.leaves(grads)) > 1e-2
+
+
+@pytest.mark.parametrize('name', ['grpo', 'ppo'])
 def test_a_last_observation_changes_nothing(name):
   # No token in the loss comes after it, so it has no way into the loss but as a target.
   last = (OBSERVED, False, np.nan, 2)  # token, mask, log-prob, turn
@@ -192,6 +220,16 @@ def test_micro_batches_and_their_padding_do_not_change_an_update():
     assert other == pytest.approx(metrics, abs=1e-4)
     # Adam divides gradients by their size: sums in another order may move what is almost 0.
     _assert_trees_close(state.params, want.params, 1e-4)
+
+
+def test_micro_batches_of_rows_with_what_is_shared():
+  want, loss, metrics = _run('ppo', *_batch(TRAJECTORIES, sequences=_alike(), plan=UNPACKED))
+  batch, used = _batch(12, sequences=_alike(), micro_batches=4, share=True)
+  assert 1 < used < 4
+  state, other_loss, other = _run('ppo', batch, used, micro_batches=4)
+  np.testing.assert_allclose(other_loss, loss, atol=1e-5)
+  assert other == pytest.approx(metrics, rel=1e-5, abs=1e-4)
+  _assert_trees_close(state.params, want.params, 1e-4)
 
 
 def _shard_shape(x):

@@ -33,7 +33,7 @@ def _outcome(n, weights=None):
 
 @hypothesis.given(LENGTHS)
 def test_plan_holds_every_sequence_once_and_no_row_overflows(lengths):
-  rows = packing.plan_rows(lengths, 16)
+  rows = packing.plan_rows(_sequences(lengths), 16).rows
   assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
   assert all(0 < sum(lengths[i] for i in row) <= 16 for row in rows)
   # Best fit leaves at most one row half empty or emptier: two such rows would have been one.
@@ -42,13 +42,13 @@ def test_plan_holds_every_sequence_once_and_no_row_overflows(lengths):
 
 def test_plan_refuses_a_sequence_longer_than_a_row():
   with pytest.raises(ValueError, match='sequence 1 has 17 tokens and rows only 16'):
-    packing.plan_rows([3, 17], 16)
+    packing.plan_rows(_sequences([3, 17]), 16)
 
 
 @hypothesis.given(LENGTHS, st.integers(0, 9), st.sampled_from([1, 2, 4]))
 def test_rows_hold_the_sequences_as_they_are(lengths, seed, micro_batches):
   sequences = _sequences(lengths, seed)
-  needed = len(packing.plan_rows(lengths, 16))
+  needed = len(packing.plan_rows(sequences, 16).rows)
   rows = (needed // micro_batches + 2) * micro_batches
   batch, used = packing.pack(sequences, _outcome(len(lengths)), rows=rows, row_length=16,
                              micro_batches=micro_batches)
@@ -74,6 +74,70 @@ def test_rows_hold_the_sequences_as_they_are(lengths, seed, micro_batches):
   # used is all padding.
   filled = [(batch.segment_ids[m::micro_batches] > 0).any() for m in range(micro_batches)]
   assert filled == [m < used and bool(lengths) for m in range(micro_batches)]
+
+
+@st.composite
+def _trees(draw):
+  """Sequences that begin as others do, up to anywhere: within what those draw, with nothing, or with all of it."""
+  rng, made = np.random.default_rng(draw(st.integers(0, 2**32 - 1))), []
+  for i in range(draw(st.integers(0, 20))):
+    old = made[rng.integers(len(made))] if made and rng.random() < 0.7 else None
+    shared = rng.integers(0, len(old.tokens) + 1) if old else 0
+    tokens = np.concatenate([old.tokens[:shared] if old else [], rng.integers(0, 3, max(1, rng.integers(0, 20 - shared)))])
+    mask = np.arange(len(tokens)) >= rng.integers(1, len(tokens) + 1)
+    mask &= rng.random(len(mask)) < 0.8
+    turns = np.sort(rng.integers(0, 3, len(tokens))).astype(np.int32)
+    made.append(packing.TokenSequence(tokens.astype(np.int32), mask, np.zeros(len(mask), np.float32), turns, i,
+                                      {'node': turns.copy(), 'node_parent': turns - 1} if draw(st.booleans()) else {}))
+  return made
+
+
+@hypothesis.given(_trees(), st.integers(20, 64))
+def test_what_a_row_leaves_out_stands_in_the_sequence_that_it_goes_on_from(sequences, row_length):
+  n = len(sequences)
+  batch, _ = packing.pack(sequences, _outcome(n), rows=n + 1, row_length=row_length, share=True)
+  assert packing.count_tokens(batch) == sum(len(s.tokens) for s in sequences)
+  seen = []
+  for row in range(n + 1):
+    whole, edges = None, np.flatnonzero(np.diff(batch.segment_ids[row], prepend=0, append=0))
+    for at, end in zip(edges, edges[1:]):
+      got = slice(at, end)
+      (i,), start = set(batch.trajectory_ids[row, got]), batch.positions[row, at]
+      whole = whole if start else i
+      s = sequences[i]
+      seen.append(i)
+      np.testing.assert_array_equal(batch.positions[row, got], np.arange(start, len(s.tokens)))
+      np.testing.assert_array_equal(np.concatenate([sequences[whole].tokens[:start], batch.tokens[row, got]]), s.tokens)
+      np.testing.assert_array_equal(batch.loss_mask[row, got], s.loss_mask[start:])
+      np.testing.assert_array_equal(batch.turn_ids[row, got], s.turns[start:])
+      # Nothing in the loss is left out, nor the token before it; where there are nodes, no turn is.
+      assert not start or not s.loss_mask[:start + 1].any()
+      assert not s.parts or set(s.turns[start:]) == set(s.turns)
+  assert sorted(seen) == list(range(n))
+
+
+def test_samples_of_a_question_have_it_once_a_row():
+  rng, sequences = np.random.default_rng(0), []
+  for i in range(6):
+    tokens = np.concatenate([np.full(8, i % 2), rng.integers(10, 99, 4 + i // 2)]).astype(np.int32)
+    sequences.append(packing.TokenSequence(tokens, np.arange(len(tokens)) >= 8, np.full(len(tokens), -1.0, np.float32),
+                                           np.zeros(len(tokens), np.int32), i))
+  plan = packing.plan_rows(sequences, 30, share=True)
+  # 8 + 4, then 1 + 6 and 1 + 5; the longest of a question that do not go on from another.
+  assert sorted(map(sorted, plan.rows)) == [[0, 2, 4], [1, 3, 5]]
+  assert sorted(plan.starts) == [0, 0, 7, 7, 7, 7]
+  # A row with room for two of them: the third one is in a row with its question.
+  assert sorted(packing.plan_rows(sequences, 22, share=True).starts) == [0, 0, 0, 0, 7, 7]
+  assert packing.plan_rows(sequences, 30).starts == [0] * 6
+
+
+@pytest.mark.parametrize('plan', [packing.Plan([[0, 1]], [0, 3]), packing.Plan([[0, 1]], [0, 2]), packing.Plan([[1, 0]], [0, 1])])
+def test_a_plan_that_leaves_out_what_is_needed_is_refused(plan):
+  mask = np.array([False, False, True, True])
+  sequences = [packing.TokenSequence(np.array(tokens, np.int32), mask, np.full(4, -1.0, np.float32), np.zeros(4, np.int32), i)
+               for i, tokens in enumerate([[1, 2, 3, 4], [2, 2, 3, 4]])]
+  with pytest.raises(ValueError, match='the plan leaves out . tokens of a sequence of trajectory'):
+    packing.pack(sequences, _outcome(2), rows=1, row_length=8, plan=plan)
 
 
 def test_weight_zero_takes_a_trajectory_out_of_the_loss():

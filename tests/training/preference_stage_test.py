@@ -104,17 +104,30 @@ def test_the_batches_hold_the_pairs_of_the_trajectories_on_disk(begun):
   assert state.reference is None
   (path,) = store.list_paths(parts.workdir / 'trajectories')
   by_tokens = {t.segments[0].tokens.tobytes(): t for t in store.read(path).trajectories}
-  seen = 0
+
+  def found_at(batch, i):
+    own = batch.trajectory_ids == i
+    start = batch.positions[own][0]
+    if not start:
+      return by_tokens[batch.tokens[own].tobytes()], 0
+    # The other of its pair stands before it in the row, whole.
+    other = batch.trajectory_ids == i ^ 1
+    assert batch.positions[other][0] == 0 and np.flatnonzero(other)[-1] < np.flatnonzero(own)[0]
+    return by_tokens[np.concatenate([batch.tokens[other][:start], batch.tokens[own]]).tobytes()], start
+
+  seen = begun_alike = 0
   for batch, found in batches:
     for p in np.flatnonzero(found.weights):
-      chosen, rejected = (by_tokens[batch.tokens[batch.trajectory_ids == i].tobytes()] for i in (2 * p, 2 * p + 1))
+      (chosen, start), (rejected, other) = (found_at(batch, i) for i in (2 * p, 2 * p + 1))
+      begun_alike += (start > 0) != (other > 0)
       assert chosen.group_id == rejected.group_id and chosen.rewards['calls'] > rejected.rewards['calls']
       segment, where = chosen.segments[0], batch.trajectory_ids == 2 * p
-      np.testing.assert_array_equal(batch.loss_mask[where], segment.sampled)
+      np.testing.assert_array_equal(batch.loss_mask[where], segment.sampled[start:])
       # The reference of the round is what it was sampled from.
-      np.testing.assert_array_equal(batch.reference_log_probs[where], np.where(segment.sampled, segment.log_probs, 0))
+      np.testing.assert_array_equal(batch.reference_log_probs[where],
+                                    np.where(segment.sampled, segment.log_probs, 0)[start:])
       seen += 1
-  assert seen == metrics['pairs'] - metrics['pairs_left_out'] > 0
+  assert seen == metrics['pairs'] - metrics['pairs_left_out'] > 0 and begun_alike
 
 
 def test_a_round_without_a_pair_is_counted_and_changes_nothing(begun):

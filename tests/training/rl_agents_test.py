@@ -13,7 +13,7 @@ import pytest
 
 from agentrl.core.types import Status
 from agentrl.rollout import store
-from agentrl.training import build
+from agentrl.training import build, packing
 from agentrl.training.rl import ReinforcementStage
 from agentrl.training.state import HostState, LearnerState
 
@@ -63,7 +63,7 @@ def test_every_segment_is_trained_on_as_it_was_sampled(run):
   assert metrics['log_prob_gap_max'] < 1e-4 and metrics['applied'] == 1.0
   [batch], trajectories = made.batches, made.stored(0)
   assert max(len(t.segments) for t in trajectories) > 1
-  assert (batch.segment_ids > 0).sum() == sum(len(s) for t in trajectories for s in t.segments)
+  assert packing.count_tokens(batch) == sum(len(s) for t in trajectories for s in t.segments)
   for i, t in enumerate(trajectories):
     own = batch.trajectory_ids == i
     assert (own & batch.loss_mask).sum() == t.num_sampled

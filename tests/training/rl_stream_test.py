@@ -106,13 +106,16 @@ def test_stale_tokens_are_known_as_such_and_weighed(run, settings):
     trajectories, sampler = made.stored(step), batch.token_parts['sampler_log_prob']
     for i, t in enumerate(trajectories):
       [s], own = t.segments, batch.trajectory_ids == i
-      np.testing.assert_array_equal(batch.tokens[own], s.tokens)
-      np.testing.assert_array_equal(sampler[own], np.where(s.sampled, s.log_probs, 0))
+      start = batch.positions[own][0]  # what is before it stands in the row once for several
+      assert not s.sampled[:start + 1].any()
+      tokens, sampled, log_probs, drawn_at = (x[start:] for x in (s.tokens, s.sampled, s.log_probs, s.versions))
+      np.testing.assert_array_equal(batch.tokens[own], tokens)
+      np.testing.assert_array_equal(sampler[own], np.where(sampled, log_probs, 0))
       assert set(s.versions[s.sampled]) <= set(range(t.policy_version, step + 1)) and step - t.policy_version <= 2
       gap = np.abs(batch.behaviour_log_probs[own] - sampler[own])
       # The learner's log-probs are of the policy of this step: it agrees with its own draws, and not with older ones.
-      assert not (s.versions == step).any() or gap[s.versions == step].max() < 1e-4
-      old = s.sampled & (s.versions < step)
+      assert not (drawn_at == step).any() or gap[drawn_at == step].max() < 1e-4
+      old = sampled & (drawn_at < step)
       stale += old.sum()
       assert not old.any() or gap[old].max() > 1e-4
     groups = {t.group_id for t in trajectories}

@@ -7,6 +7,7 @@ ratio 1.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from agentrl.rollout import gather, store
 from agentrl.rollout.engine import Job
 from agentrl.sampling.draw import SamplingParams
 from agentrl.training import build
+from agentrl.training.packing import count_tokens
 from agentrl.training.rl import ReinforcementStage
 from agentrl.training.state import HostState, LearnerState
 
@@ -99,14 +101,16 @@ def test_rollouts_are_trained_on_as_they_were_sampled(run):
     batches = run.batches[step * minibatches:(step + 1) * minibatches]
     size = len(trajectories) // minibatches
     for k, batch in enumerate(batches):
-      assert (batch.segment_ids > 0).sum() == sum(
-          len(s) for t in trajectories[k * size:(k + 1) * size] for s in t.segments)
+      total = sum(len(s) for t in trajectories[k * size:(k + 1) * size] for s in t.segments)
+      assert count_tokens(batch) == total > (batch.segment_ids > 0).sum()
       for i, t in enumerate(trajectories[k * size:(k + 1) * size]):
         (segment,), where = t.segments, batch.trajectory_ids == i
-        np.testing.assert_array_equal(batch.tokens[where], segment.tokens)
-        np.testing.assert_array_equal(batch.loss_mask[where], segment.sampled)
+        start = batch.positions[where][0]  # what is before it stands in the row once for several
+        assert not segment.sampled[:start + 1].any()
+        np.testing.assert_array_equal(batch.tokens[where], segment.tokens[start:])
+        np.testing.assert_array_equal(batch.loss_mask[where], segment.sampled[start:])
         np.testing.assert_array_equal(batch.behaviour_log_probs[where],
-                                      np.where(segment.sampled, segment.log_probs, 0.0))
+                                      np.where(segment.sampled, segment.log_probs, 0.0)[start:])
         assert batch.rewards[i] == np.float32(t.rewards['total'])
   # Groups are the samples of one task, and they differ.
   groups = {}
@@ -114,6 +118,22 @@ def test_rollouts_are_trained_on_as_they_were_sampled(run):
     groups.setdefault(t.group_id, []).append(tuple(t.segments[0].tokens))
   assert [len(g) for g in groups.values()] == [4] * 4
   assert all(len(set(g)) == 4 for g in groups.values())
+
+
+def test_what_samples_begin_with_once_changes_no_update(tiny_config, tmp_path_factory, tiny_workdir, quick_compile):
+  made = []
+  for share in ('True', 'False'):
+    folder = tmp_path_factory.mktemp('share') / 'run'
+    shutil.copytree(tiny_workdir, folder)
+    run = Run(tiny_config({**ALGORITHMS['ppo'], 'train.share_prefixes': share}), folder, 'rl')
+    metrics = run.step()
+    made.append((jax.device_get(run.state.params), metrics, sum((b.segment_ids > 0).sum() for b in run.batches)))
+    run.parts.close()
+  (params, metrics, computed), (other, other_metrics, all_computed) = made
+  assert metrics['trained_tokens'] == other_metrics['trained_tokens'] == all_computed > computed
+  for name in ('loss', 'grad_norm', 'log_prob_gap_max', 'policy/ratio_max'):
+    assert metrics[name] == pytest.approx(other_metrics[name], rel=1e-3, abs=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params, other)
 
 
 @pytest.mark.parametrize('adapters', [{}, {'model.lora_targets': "('*_proj',)", 'model.lora_alpha': '64.0'}],
@@ -207,7 +227,7 @@ def test_more_prompts_are_rolled_out_until_enough_groups_are_left(tiny_config, t
   # All of a batch's groups were asked for in the end, and none of them is without signal.
   assert len({t.group_id for t in trajectories}) == 4 and (np.ptp(rewards, axis=1) > 0).all()
   first, second = run.batches
-  assert (first.weights == 1).all() and metrics['trained_tokens'] == 2 * (first.segment_ids > 0).sum()
+  assert (first.weights == 1).all() and metrics['trained_tokens'] == 2 * count_tokens(first)
   # The second pass is over the same batch, and no longer on-policy.
   jax.tree.map(np.testing.assert_array_equal, first, second)
   run.parts.close()

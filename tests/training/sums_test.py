@@ -51,8 +51,10 @@ def _sequences():
 def _batch(layout, micro_batches=1):
   n = 2 * PAIRS
   outcome = packing.Outcome(np.zeros(n, np.int32), np.zeros(n, np.float32), np.ones(n, np.float32), np.ones(n, bool))
-  plan = {'packed': None, 'rows': [[i] for i in range(n)], 'reversed': [[i] for i in reversed(range(n))],
-          'pairs': plan_pairs([len(s.tokens) for s in _sequences()], 8 // micro_batches, LENGTH)}[layout]
+  plan = {'packed': None, 'rows': packing.Plan([[i] for i in range(n)]),
+          'reversed': packing.Plan([[i] for i in reversed(range(n))]),
+          'pairs': plan_pairs(_sequences(), 8 // micro_batches, LENGTH),
+          'shared': plan_pairs(_sequences(), 8 // micro_batches, LENGTH, share=True)}[layout]
   batch, used = packing.pack(_sequences(), outcome, rows=8, row_length=LENGTH, plan=plan, micro_batches=micro_batches)
   return batch._replace(reference_log_probs=np.where(batch.loss_mask, np.float32(-3.2), 0)), used
 
@@ -116,7 +118,7 @@ def test_the_loss_and_its_direction_are_those_of_the_definition():
     np.testing.assert_allclose((new - old)[clear], -RATE * np.sign(grad)[clear], rtol=1e-2)
 
 
-@pytest.mark.parametrize('layout, micro_batches', [('rows', 1), ('reversed', 1), ('packed', 2), ('rows', 2), ('rows', 4)])
+@pytest.mark.parametrize('layout, micro_batches', [('rows', 1), ('reversed', 1), ('shared', 1), ('packed', 2), ('rows', 2), ('rows', 4)])
 @pytest.mark.parametrize('loss', ['dpo', 'orpo'])
 def test_packing_order_and_micro_batches_change_nothing(layout, micro_batches, loss):
   _, _, want = _updated('packed', 1, loss)
@@ -142,14 +144,19 @@ def test_pairs_that_lie_together_need_no_pass_of_their_own(loss):
 def test_pairs_are_laid_out_whole():
   rng = np.random.default_rng(0)
   for rows in (1, 2, 5):
-    lengths = rng.integers(2, LENGTH // 2 + 1, 40).tolist()
-    plan = plan_pairs(lengths, rows, LENGTH)
-    assert sorted(i for row in plan for i in row) == list(range(40))
-    assert all(sum(lengths[i] for i in row) <= LENGTH for row in plan)
-    where = {i: r // rows for r, row in enumerate(plan) for i in row}
-    assert all(where[i] == where[i + 1] for i in range(0, 40, 2))
-    # As many micro-batches as pairs at their longest would take, at most.
-    assert -(-len(plan) // rows) <= -(-20 // rows)
+    lengths = rng.integers(6, LENGTH // 2 + 1, 40).tolist()
+    # Those of a pair share their first five tokens and draw the rest.
+    sequences = [packing.TokenSequence(np.r_[np.full(5, i // 2), np.full(n - 5, 100 + i)].astype(np.int32), np.arange(n) >= 5,
+                                       np.zeros(n, np.float32), np.zeros(n, np.int32), i) for i, n in enumerate(lengths)]
+    for share in (False, True):
+      plan, starts = plan_pairs(sequences, rows, LENGTH, share)
+      assert sorted(i for row in plan for i in row) == list(range(40))
+      assert all(sum(lengths[i] - starts[i] for i in row) <= LENGTH for row in plan)
+      where = {i: r // rows for r, row in enumerate(plan) for i in row}
+      assert all(where[i] == where[i + 1] for i in range(0, 40, 2))
+      # As many micro-batches as pairs at their longest would take, at most.
+      assert -(-len(plan) // rows) <= -(-20 // rows)
+      assert sorted(starts) == [0] * 20 + [4] * 20 if share and rows == 1 else sum(starts) >= 40 * share
 
 
 def test_devices_change_nothing():
