@@ -38,8 +38,10 @@ from agentrl.training.packing import Outcome, pack, sequences_of
 from agentrl.training.state import LearnerState
 from agentrl.training.step import make_update
 
-# Rows of an update's forward and backward pass: what is kept for the backward pass stays near the core.
-MICRO_ROWS = 4
+# Tokens and number of the rows of an update's forward and backward pass, what is kept for the backward pass staying near
+# the core: a sample a row, or a question's samples, which have its prompt once and a copy of its last token each.
+WHOLE = W.prompt_length + W.new_tokens, 4
+SHARED = W.prompt_length + W.group * (W.new_tokens + 1), 2
 CONTEXT = W.prompt_length + W.turns * W.new_tokens + (W.turns - 1) * W.observation_length
 
 
@@ -139,12 +141,14 @@ def three_turns_tool(reps: int) -> dict:
 class Learner:
   """The update that a GRPO run makes."""
 
-  def __init__(self, length: int):
+  def __init__(self, shape: tuple[int, int]):
     optimizer = make_optimizer('adamw', 1e-5)
     params = init_params(model(), jax.random.key(0))
     self.state = LearnerState(params, optimizer.init(params), np.int32(0))
-    self._update = make_update(model(), optimizer, grpo(), micro_batches=W.batch // MICRO_ROWS)
-    self._length = length
+    self._share, (self._length, micro_rows) = shape == SHARED, shape
+    self._rows = W.prompts if self._share else W.batch
+    self._micro_batches = self._rows // micro_rows
+    self._update = make_update(model(), optimizer, grpo(), micro_batches=self._micro_batches)
 
   def step(self, sequences):
     """Packs and updates; blocks."""
@@ -152,26 +156,31 @@ class Learner:
     outcome = Outcome(np.repeat(np.arange(W.prompts, dtype=np.int32), W.group),
                       random.standard_normal(W.batch).astype(np.float32), np.ones(W.batch, np.float32),
                       np.ones(W.batch, bool))
-    batch, used = pack(sequences, outcome, rows=W.batch, row_length=self._length,
-                       micro_batches=W.batch // MICRO_ROWS, share=True)
+    batch, used = pack(sequences, outcome, rows=self._rows, row_length=self._length, micro_batches=self._micro_batches,
+                       share=self._share)
     self.state, metrics = self._update(self.state, batch, np.int32(used))
     jax.block_until_ready((self.state.params, metrics))
 
 
-def update(reps: int) -> dict:
+def update(reps: int, shape: tuple[int, int] = SHARED) -> dict:
   """One GRPO update on 32 sequences of 128 tokens: forward, backward, AdamW."""
   engine = make_engine(W.prompt_length + W.new_tokens)
   sequences = sequences_of(roll(engine, 1)[0])
   engine.close()
-  learner = Learner(W.prompt_length + W.new_tokens)
+  learner = Learner(shape)
   _, times = common.timed(lambda: learner.step(sequences), reps)
   return {**times, 'tokens': W.batch * (W.prompt_length + W.new_tokens), 'parameters': num_params(model())}
+
+
+def update_whole(reps: int) -> dict:
+  """The same with every sequence whole, none sharing its prompt."""
+  return update(reps, WHOLE)
 
 
 def iteration(reps: int) -> dict:
   """Weights to the sampler, rollout, packing, update."""
   engine = make_engine(W.prompt_length + W.new_tokens)
-  learner = Learner(W.prompt_length + W.new_tokens)
+  learner = Learner(SHARED)
 
   def step():
     engine.sampler.set_params(learner.state.params)
@@ -181,7 +190,7 @@ def iteration(reps: int) -> dict:
   return {**times, 'tokens': W.batch * (W.prompt_length + W.new_tokens), 'parameters': num_params(model())}
 
 
-PHASES = {f.__name__: f for f in (decode, update, iteration, three_turns, three_turns_tool)}
+PHASES = {f.__name__: f for f in (decode, update, update_whole, iteration, three_turns, three_turns_tool)}
 
 if __name__ == '__main__':
   args = common.arguments(__doc__, PHASES)
