@@ -402,8 +402,10 @@ class Trajectory:
 class TrainBatch(NamedTuple):
   """Sequences packed into rows of one length: what an update step reads.
 
-  Several sequences share a row; `segment_ids` tells them apart and 0 marks padding. Every [B, T] field speaks
-  of the token at its own index: `log_probs[b, t]` is the log-probability of `tokens[b, t]` given the tokens before it.
+  Several sequences share a row; `segment_ids` tells them apart and 0 marks padding. A segment that starts at a position
+  P > 0 goes on from the first P tokens of another, see `models.attention.visible`, and those are not repeated. Every [B, T]
+  field speaks of the token at its own index: `log_probs[b, t]` is the log-probability of `tokens[b, t]` given the tokens
+  before it.
 
   Attributes:
     tokens: [B, T] int32; 0 where padded.
