@@ -2,8 +2,8 @@
 
     bash launch/quickstart.sh
 
-Hardware: two CPU cores. Wall time: 4 to 12 minutes, by the processor (two fast cores: 29 s set-up, 16 s compilation, 96 s cold start, 109 s RL).
-Expected: held-out success 0.37 to 0.46 after the cold start, 0.92 to 0.95 after RL over three seeds, under 0.01 with the tools disabled.
+Hardware: two CPU cores. Wall time: 4 to 12 minutes, by the processor (two fast cores: 33 s set-up, 15 s compilation, 97 s cold start, 104 s RL).
+Expected: held-out success 0.37 to 0.46 after the cold start, 0.92 to 0.96 after RL over three seeds, at most 0.01 with the tools disabled.
 """
 
 from ml_collections import ConfigDict

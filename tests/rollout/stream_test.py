@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 
 import jax
@@ -22,24 +23,29 @@ from agentrl.rollout.stream import Order, Stream
 PROMPT = list(range(20, 32))
 
 
-def program_of(turns):
-  """A program of some turns, each with an observation that depends on what was drawn."""
+def program_of(turns, gate=None):
+  """A program of some turns, each with an observation that depends on what was drawn.
+
+  After the second of them its tool waits for `gate`, a threading.Event.
+  """
   async def program(session):
     session.append(PROMPT)
-    for _ in range(turns):
+    for i in range(turns):
       turn = await session.generate(stops=['e', '1'], max_tokens=12)
+      while gate and i == 1 and not gate.is_set():
+        await asyncio.sleep(0.001)
       session.append([60 + (turn.end - turn.start) % 7, 61])
     session.finish(Status.FINISHED)
   return program
 
 
-def jobs_of(tiny, note):
-  return [Job(tiny.task(note['task']), k, str(note['task']), program_of(note['turns'])) for k in range(2)]
+def jobs_of(tiny, note, gate=None):
+  return [Job(tiny.task(note['task']), k, str(note['task']), program_of(note['turns'], gate)) for k in range(2)]
 
 
-def orders_of(tiny, *turns, first=0):
+def orders_of(tiny, *turns, first=0, gate=None):
   notes = [{'task': first + i, 'turns': n} for i, n in enumerate(turns)]
-  return [Order(jobs_of(tiny, note), note) for note in notes]
+  return [Order(jobs_of(tiny, note, gate), note) for note in notes]
 
 
 def weights(tiny, version):
@@ -93,13 +99,14 @@ def test_without_staleness_it_collects_what_the_engine_collects(tiny, start):
 
 @pytest.mark.parametrize('overlap', [False, True])
 def test_what_is_carried_over_keeps_its_log_probs_and_goes_on_under_the_new_weights(tiny, start, overlap):
-  stream = start(staleness=1, overlap=overlap)
+  stream, gate = start(staleness=1, overlap=overlap), threading.Event()
   stream.take_weights(weights(tiny, 0), 0)
-  stream.ask(orders_of(tiny, 1, 4))
+  stream.ask(orders_of(tiny, 1, 4, gate=gate))
   [short] = stream.take(1)
   assert [len(t.turns) for t in short] == [1, 1] and stream.under_way == 1
   carried = [t for _, _, t in under_way(stream)]
   stream.take_weights(weights(tiny, 1), 1)
+  gate.set()
   before = [(t.segments[0].tokens, t.segments[0].log_probs) for t in carried]
   stream.ask(orders_of(tiny, 1, first=2))
   [long] = stream.take(1)
@@ -222,11 +229,12 @@ def test_a_stream_made_again_goes_on_as_if_it_had_not_ended(tiny, start):
 
 def test_drawing_goes_on_while_nobody_waits_only_if_it_is_to_overlap(tiny, start):
   for overlap in (False, True):
-    stream = start(staleness=1, overlap=overlap)
+    stream, gate = start(staleness=1, overlap=overlap), threading.Event()
     stream.take_weights(tiny.params, 0)
-    stream.ask(orders_of(tiny, 1, 5))
+    stream.ask(orders_of(tiny, 1, 5, gate=gate))
     stream.take(1)
     drawn = stream._engine.stats.decoded_tokens
+    gate.set()
     deadline = time.monotonic() + (60 if overlap else 0.3)
     while stream._engine.stats.decoded_tokens == drawn and time.monotonic() < deadline:
       time.sleep(0.01)
