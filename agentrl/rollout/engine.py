@@ -163,7 +163,9 @@ class Engine:
     self._slots.clear()
     self.sampler.reset()
     self.version = policy_version
-    self._wake, self._called = asyncio.Event(), False
+    # Both are set when something happens: `_wake` until a `serve` has waited for it, so that none waits for what has
+    # happened before it came to that, `_stir` for what settles just then.
+    self._wake, self._stir = asyncio.Event(), asyncio.Event()
     self._adopted = []
     self._closed: set[asyncio.Task] = set()  # by force: what asyncio says came of them tells nothing
     clock = None
@@ -251,7 +253,7 @@ class Engine:
     ended = len(self._adopted) - len(self._tasks)
     if self._enough < 1.0 and ended >= self._enough * len(self._adopted):
       self._cut_rest('enough others had ended')
-    self._wake.set()
+    self.wake()
 
   def _cut_rest(self, why: str):
     """Ends what is under way."""
@@ -365,7 +367,7 @@ class Engine:
     self.stats.tool_seconds += waited
     self._quick += 0.05 * ((waited < self._linger_seconds) - self._quick)
     self._wait_seconds += 0.05 * (waited - self._wait_seconds)
-    self._wake.set()
+    self.wake()
 
   def withdraw(self, session: Session):
     """Takes back a session's request for a turn."""
@@ -388,16 +390,17 @@ class Engine:
       await self._decode()
     elif self._tasks:
       started = time.perf_counter()
-      self._wake.clear()
       if not slots.queue:
         await self._wake.wait()
+      self._wake.clear()
       now = time.perf_counter()
       slots.timeline.add('device', 'idle', started, now)
       self.stats.idle_seconds += now - started
 
   def wake(self):
-    """Makes a `serve` that waits return."""
+    """Makes a `serve` that waits return, or the next one that would."""
     self._wake.set()
+    self._stir.set()
 
   @property
   def _patience_seconds(self) -> float:
@@ -429,9 +432,9 @@ class Engine:
       full = min(held, self.sampler.slots)
       if now > started + linger or not young or len(self._slots.ready) >= full - full // 8:
         break
-      self._wake.clear()
+      self._stir.clear()
       try:
-        await asyncio.wait_for(self._wake.wait(), started + linger - now)
+        await asyncio.wait_for(self._stir.wait(), started + linger - now)
       except asyncio.TimeoutError:
         break
     now = time.perf_counter()

@@ -236,21 +236,17 @@ def _shard_shape(x):
   return x.sharding.shard_shape(x.shape)
 
 
-@functools.cache
-def _on_one_device(name):
-  return _run(name, *_batch(8), updates=3)
-
-
-@pytest.mark.parametrize('shape, name', [
-    ((8, 1, 1), 'ppo'), ((2, 4, 1), 'grpo'), ((1, 2, 4), 'ppo'),
+@pytest.mark.parametrize('shape, name, share', [
+    ((8, 1, 1), 'ppo', True), ((2, 4, 1), 'grpo', False), ((1, 2, 4), 'ppo', False),
 ])
-def test_eight_devices_make_the_updates_of_one(shape, name):
+def test_eight_devices_make_the_updates_of_one(shape, name, share):
   if jax.device_count() < 8:
     pytest.skip('needs eight devices')
-  want, losses, _ = _on_one_device(name)
+  batch = _batch(8, sequences=_alike(), share=share)
+  want, losses, _ = _run(name, *batch, updates=3)
   mesh = meshes.make_mesh(dict(zip(('data', 'fsdp', 'tensor'), shape)), jax.devices()[:8])
   layout = jax.tree.map(_shard_shape, _state(name, _update(name)[0], mesh).params)
-  state, other_losses, _ = _run(name, *_batch(8), mesh=mesh, updates=3)
+  state, other_losses, _ = _run(name, *batch, mesh=mesh, updates=3)
   np.testing.assert_allclose(other_losses, losses, atol=1e-5)
   _assert_trees_close(jax.device_get(state.params), jax.device_get(want.params), 1e-4)
   # They stay split as they were, moments too, or the next step would be another program.

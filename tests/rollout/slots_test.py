@@ -217,6 +217,24 @@ def test_forks_without_a_program_hold_nothing_once_their_job_is_taken(tiny):
   asyncio.run(run())
 
 
+def test_what_wakes_the_engine_while_it_settles_is_not_lost(tiny):
+  async def program(session):
+    session.append(prompt(0, 20))
+    await asyncio.get_running_loop().create_future()
+
+  async def run():
+    with engine_of(tiny, tiny.sampler(2, capacities=(96,))) as engine:
+      async with engine.serving():
+        engine.begin(Job(tiny.task(0), 0, 'g', program))
+        for _ in range(2):
+          serving = asyncio.create_task(engine.serve())
+          await asyncio.sleep(0)  # it lets programs run before it looks for something to draw
+          engine.wake()
+          await asyncio.wait_for(serving, 10)
+
+  asyncio.run(run())
+
+
 def test_new_weights_leave_each_session_its_policy(tiny):
   """A judge keeps its slot while the learner's weights change, and with them what the cache holds."""
   other = jax.tree.map(lambda x: x * 1.05, tiny.params)
