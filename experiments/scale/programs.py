@@ -25,7 +25,7 @@ from agentrl.models.config import ModelConfig  # noqa: E402
 from agentrl.models.params import init_params, num_params, param_axes  # noqa: E402
 from agentrl.sampling import cache as caches  # noqa: E402
 from agentrl.sampling import functions  # noqa: E402
-from agentrl.sampling import kernels  # noqa: E402
+from agentrl.sampling import tpu_kernel  # noqa: E402
 from agentrl.sampling import readings  # noqa: E402
 from agentrl.sampling import sampler as samplers  # noqa: E402
 from agentrl.sampling.contexts import Contexts  # noqa: E402
@@ -255,7 +255,7 @@ class _Extension:
     ways = case.slots * (case.context // case.block) // blocks
     reach = lambda tile: case.context - case.extend_tokens + (tile + 1) * case.extend_tokens // tiles
     tokens = tuple(-(-reach(tile) // block) * block // ways for tile in range(tiles))
-    return cls(contexts, heads, width, rows // tiles, max(kernels.ROWS_KEYS, block), tokens)
+    return cls(contexts, heads, width, rows // tiles, max(tpu_kernel.ROWS_KEYS, block), tokens)
 
 
 PROGRAMS: dict[str, Callable[[Case], jax.stages.Lowered]] = {

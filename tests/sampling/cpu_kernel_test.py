@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
-from agentrl.models.config import ModelConfig
 from agentrl.sampling import cpu_kernel
-from agentrl.sampling import kernels
 
 SLOTS, BLOCKS, ROW = 3, 14, 4
 
@@ -139,23 +135,3 @@ def test_blocks_are_read_as_they_lie_and_each_contexts_in_its_order(monkeypatch,
   order = np.asarray(cpu_kernel.reading_order(tables, rows, keys))
   want = {3: [0, 3, 1, 4, 2, 5, 6, 7, 8], 2: [0, 3, 1, 4, 2, 5, 0, 1, 2], 1: [0, 1, 2] * 3}[at_once]
   np.testing.assert_array_equal(order, want)
-
-
-def test_who_reads_by_table(monkeypatch):
-  config = ModelConfig(vocab_size=8)
-  assert kernels.reads_by_table(config, None)
-  assert not kernels.reads_by_table(ModelConfig(vocab_size=8, attention='xla'), None)
-  said = []
-  monkeypatch.setattr(kernels.logging, 'warning', said.append)
-  monkeypatch.setattr(cpu_kernel, 'register', lambda: 1 / 0)
-  kernels._say.cache_clear()
-  assert not kernels.reads_by_table(config, None)
-  assert 'ZeroDivisionError' in said[0] and 'plain products, which are slower' in said[0]
-
-
-def test_without_numba_decoding_goes_on_by_block():
-  code = ('import sys; sys.modules["numba"] = None\n'
-          'from agentrl.models.config import ModelConfig; from agentrl.sampling import kernels\n'
-          'print(kernels.reads_by_table(ModelConfig(vocab_size=8), None))')
-  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-  assert done.stdout.strip() == 'False' and 'numba' in done.stderr
