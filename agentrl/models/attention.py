@@ -106,7 +106,7 @@ def visible(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: float = 0.0,
           sinks: jax.Array | None = None) -> jax.Array:
-  """Returns `layers.attend` of rows whose tokens see none behind them, so that half of the scores need not be computed.
+  """Returns `layers.attend` of rows whose tokens see none behind them, so that up to 7/16 of the scores need not be computed.
 
   Args:
     q: [B, T, K, H/K, Dh].
