@@ -82,6 +82,11 @@ def shares(config: ModelConfig, length: int, platform: str | None = None) -> boo
   return name == 'xla' or name == 'cudnn' and not any(config.kinds)
 
 
+def begins(segment_ids: jax.Array) -> jax.Array:
+  """Returns [B, T] bool: whether the token before it in the row, if there is one, has another id."""
+  return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+
+
 def visible(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
   """Returns [B, T, T] bool: which tokens, the last axis, each token of packed rows may look at.
 
@@ -96,9 +101,9 @@ def visible(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
     [True, False, False, True, True]
   """
   index = jax.lax.broadcasted_iota(jnp.int32, positions.shape, 1)
-  begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-  first = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
-  whole = jax.lax.cummax(jnp.where(begins & (positions == 0), index, 0), axis=1)
+  begin = begins(segment_ids)
+  first = jax.lax.cummax(jnp.where(begin, index, 0), axis=1)
+  whole = jax.lax.cummax(jnp.where(begin & (positions == 0), index, 0), axis=1)
   shared = jnp.minimum(whole + positions - (index - first), first)
   key, (index, first, whole, shared) = index[:, None], (x[..., None] for x in (index, first, whole, shared))
   return (first <= key) & (key <= index) | (whole <= key) & (key < shared)

@@ -116,7 +116,7 @@ def follows(segment_ids: jax.Array) -> jax.Array:
     >>> follows(jnp.array([[1, 1, 2, 2, 0, 0]]))[0].tolist()
     [False, True, False, True, False, False]
   """
-  return jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (1, 0))) & (segment_ids > 0)
+  return ~attention.begins(segment_ids) & (segment_ids > 0)
 
 
 def embed(params: Params, config: ModelConfig, tokens: jax.Array,

@@ -24,7 +24,7 @@ from agentrl.sharding import mesh as meshes
 from agentrl.training import rejected, sums
 from agentrl.training.build import Parts
 from agentrl.training.optimizer import make_optimizer, schedule
-from agentrl.training.packing import Outcome, TokenSequence, pack
+from agentrl.training.packing import Outcome, TokenSequence, count_tokens, pack
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
 from agentrl.training.step import make_update, put
@@ -160,7 +160,7 @@ class OfflineQStage:
         state, found = self._update(state, put(batch, self._mesh), np.int32(used))
         rejected.note(host, self._parts.workdir, batch, found['applied'])
         found = {**found, 'loss': found['loss/total']}
-        metrics['trained_tokens'] = int((batch.segment_ids > 0).sum())
+        metrics['trained_tokens'] = count_tokens(batch)
     metrics.update({k: float(v) for k, v in jax.device_get(found).items()})
     now = time.perf_counter()
     metrics['seconds/update'], metrics['seconds/rollout'] = now - updating, updating - started

@@ -14,7 +14,7 @@ from agentrl.training import demonstrations
 from agentrl.training import rejected
 from agentrl.training.build import Parts
 from agentrl.training.optimizer import make_optimizer, schedule
-from agentrl.training.packing import Outcome, Plan, TokenSequence, pack, plan_rows
+from agentrl.training.packing import Outcome, Plan, TokenSequence, count_tokens, pack, plan_rows
 from agentrl.training.stages import STAGES
 from agentrl.training.state import HostState, LearnerState
 from agentrl.training.step import make_update, put
@@ -70,7 +70,7 @@ class SupervisedStage:
     n, tokens, metrics = self._config.updates_per_step, 0, []
     for i in range(host.stage_step * n, (host.stage_step + 1) * n):
       batch = self._batch(i)
-      tokens += int((batch.segment_ids > 0).sum())
+      tokens += count_tokens(batch)
       state, scalars = self._update(state, put(batch, self._mesh), np.int32(self._micro_batches))
       metrics.append(scalars)
     metrics = jax.device_get(metrics)

@@ -19,6 +19,7 @@ import asyncio
 import dataclasses
 import functools
 import time
+from typing import NamedTuple
 
 import common
 from common import WORKLOAD as W
@@ -38,10 +39,20 @@ from agentrl.training.packing import Outcome, pack, sequences_of
 from agentrl.training.state import LearnerState
 from agentrl.training.step import make_update
 
-# Tokens and number of the rows of an update's forward and backward pass, what is kept for the backward pass staying near
-# the core: a sample a row, or a question's samples, which have its prompt once and a copy of its last token each.
-WHOLE = W.prompt_length + W.new_tokens, 4
-SHARED = W.prompt_length + W.group * (W.new_tokens + 1), 2
+
+class Rows(NamedTuple):
+  """Rows of an update: their tokens, how many, how many in a forward and backward pass, and whether samples share a prompt."""
+
+  length: int
+  count: int
+  micro: int
+  share: bool
+
+
+# What is kept for the backward pass stays near the core. A row has a sample, or the samples of a question, which have its
+# prompt once and a copy of its last token each.
+WHOLE = Rows(W.prompt_length + W.new_tokens, W.batch, 4, False)
+SHARED = Rows(W.prompt_length + W.group * (W.new_tokens + 1), W.prompts, 2, True)
 CONTEXT = W.prompt_length + W.turns * W.new_tokens + (W.turns - 1) * W.observation_length
 
 
@@ -142,13 +153,11 @@ def three_turns_tool(reps: int) -> dict:
 class Learner:
   """The update that a GRPO run makes."""
 
-  def __init__(self, shape: tuple[int, int]):
+  def __init__(self, rows: Rows):
     optimizer = make_optimizer('adamw', 1e-5)
     params = init_params(model(), jax.random.key(0))
     self.state = LearnerState(params, optimizer.init(params), np.int32(0))
-    self._share, (self._length, micro_rows) = shape == SHARED, shape
-    self._rows = W.prompts if self._share else W.batch
-    self._micro_batches = self._rows // micro_rows
+    self._rows, self._micro_batches = rows, rows.count // rows.micro
     self._update = make_update(model(), optimizer, grpo(), micro_batches=self._micro_batches)
 
   def step(self, sequences):
@@ -157,18 +166,18 @@ class Learner:
     outcome = Outcome(np.repeat(np.arange(W.prompts, dtype=np.int32), W.group),
                       random.standard_normal(W.batch).astype(np.float32), np.ones(W.batch, np.float32),
                       np.ones(W.batch, bool))
-    batch, used = pack(sequences, outcome, rows=self._rows, row_length=self._length, micro_batches=self._micro_batches,
-                       share=self._share)
+    batch, used = pack(sequences, outcome, rows=self._rows.count, row_length=self._rows.length,
+                       micro_batches=self._micro_batches, share=self._rows.share)
     self.state, metrics = self._update(self.state, batch, np.int32(used))
     jax.block_until_ready((self.state.params, metrics))
 
 
-def update(reps: int, shape: tuple[int, int] = SHARED) -> dict:
+def update(reps: int, rows: Rows = SHARED) -> dict:
   """One GRPO update on 32 sequences of 128 tokens: forward, backward, AdamW."""
   engine = make_engine(W.prompt_length + W.new_tokens)
   sequences = sequences_of(roll(engine, 1)[0])
   engine.close()
-  learner = Learner(shape)
+  learner = Learner(rows)
   _, times = common.timed(lambda: learner.step(sequences), reps)
   return {**times, 'tokens': W.batch * (W.prompt_length + W.new_tokens), 'parameters': num_params(model())}
 

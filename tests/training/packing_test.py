@@ -131,13 +131,15 @@ def test_samples_of_a_question_have_it_once_a_row():
   assert packing.plan_rows(sequences, 30).starts == [0] * 6
 
 
-@pytest.mark.parametrize('plan', [packing.Plan([[0, 1]], [0, 3]), packing.Plan([[0, 1]], [0, 2]), packing.Plan([[1, 0]], [0, 1])])
+@pytest.mark.parametrize('plan', [
+    packing.Plan([[0, 1]], [0, 1]), packing.Plan([[0, 2]], [0, 0, 2]), packing.Plan([[0, 2]], [0, 0, 3]),
+    packing.Plan([[1, 0]], [0, 1])], ids=['other tokens', 'the token before', 'in the loss', 'nothing before it'])
 def test_a_plan_that_leaves_out_what_is_needed_is_refused(plan):
   mask = np.array([False, False, True, True])
   sequences = [packing.TokenSequence(np.array(tokens, np.int32), mask, np.full(4, -1.0, np.float32), np.zeros(4, np.int32), i)
-               for i, tokens in enumerate([[1, 2, 3, 4], [2, 2, 3, 4]])]
+               for i, tokens in enumerate([[1, 2, 3, 4], [2, 2, 3, 4], [1, 2, 3, 4]])]
   with pytest.raises(ValueError, match='the plan leaves out . tokens of a sequence of trajectory'):
-    packing.pack(sequences, _outcome(2), rows=1, row_length=8, plan=plan)
+    packing.pack(sequences, _outcome(3), rows=1, row_length=8, plan=plan)
 
 
 def test_weight_zero_takes_a_trajectory_out_of_the_loss():

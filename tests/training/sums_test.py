@@ -156,7 +156,8 @@ def test_pairs_are_laid_out_whole():
       assert all(where[i] == where[i + 1] for i in range(0, 40, 2))
       # As many micro-batches as pairs at their longest would take, at most.
       assert -(-len(plan) // rows) <= -(-20 // rows)
-      assert sorted(starts) == [0] * 20 + [4] * 20 if share and rows == 1 else sum(starts) >= 40 * share
+      assert any(starts) == share
+      assert not share or (sorted(starts) == [0] * 20 + [4] * 20 if rows == 1 else sum(starts) >= 40)
 
 
 def test_devices_change_nothing():
